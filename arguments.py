@@ -1,0 +1,225 @@
+"""Every choice of a run: the flags, what they default to, and which of them exclude each other.
+
+Defaults that depend on other choices are one table, resolved before anything is loaded. Bad input is a UsageError.
+"""
+
+import difflib
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from utils import UsageError
+
+# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
+# XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
+DEFAULTS = {
+    ("zo", "ft", False, False): (1e-6, 1e-3),
+    ("zo", "lora", False, False): (5e-5, 1e-2),
+    ("zo", "lora", False, True): (5e-5, 1e-2),
+    ("zo", "lora", True, False): (1e-3, 1e-2),
+    ("zo", "lora", True, True): (3e-3, 1e-2),
+    ("zo", "xgblora", False, False): (3e-4, 1e-2),
+    ("zo", "xgblora", False, True): (1e-3, 1e-2),
+    ("zo", "xgblora", True, False): (1e-3, 1e-2),
+    ("zo", "xgblora", True, True): (3e-3, 3e-2),
+    ("regular", "ft", False, False): (1e-5, None),
+    ("regular", "lora", False, False): (1e-3, None),
+    ("regular", "xgblora", False, False): (1e-3, None),
+}
+# Flags that a rerun may change without becoming another run: where and how often something is written or shown.
+INCIDENTAL = {
+    "output_dir", "result_file", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model", "save_merged",
+    "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
+    "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
+    "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir", "data_seed",
+    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "num_train_sets", "logging_dir", "do_eval",
+}  # fmt: skip
+
+
+def flag(default, group: str, help: str, **kwargs):
+    """A command line flag: a dataclass field with its help and the group that `--help` lists it under."""
+    return field(default=default, metadata={"help": help, "group": group, **kwargs})
+
+
+@dataclass
+class OurArguments(TrainingArguments):
+    """Every choice of a run; defaults that depend on others are resolved in `__post_init__` and printed."""
+
+    task_name: str = flag("SST2", "data", "task: SST2, or one of the starter's Reviews, Products, Tweets, Editorials")
+    data_dir: str | None = flag(None, "data", "read DIR/<task>/{train,validation}.jsonl instead of the hub")
+    num_train: int | None = flag(
+        None, "data", "training rows, or demonstrations with --trainer none (default: all, or 0)"
+    )
+    num_dev: int | None = flag(None, "data", "rows from the end of the training draw to choose checkpoints on")
+    num_eval: int | None = flag(None, "data", "validation rows to evaluate on (default: all)")
+    num_train_sets: int | None = flag(None, "data", "repeat with this many training sets, seeds s, s+1, …")
+    train_set_seed: int | None = flag(None, "data", "draw the training set with this seed instead of --seed")
+    result_file: str | None = flag(None, "data", "where the result goes (default: result/<task>-<model>-….json)")
+    tag: str = flag("", "data", "a word for the names of result file and output directory")
+    verbose: bool = flag(False, "data", "print the first prompt as the model sees it, with the scores of its options")
+    no_eval: bool = flag(False, "data", "no evaluation on the validation rows at the end")
+
+    model_name: str = flag("facebook/opt-125m", "model", "hub name, model directory or .gguf file")
+    load_float16: bool = flag(False, "model", "load the weights in float16 (default: float32)")
+    load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
+    max_length: int = flag(2048, "model", "longest prompt in tokens; longer ones are cut on the left")
+    sfc: bool = flag(False, "model", "calibrated scores: minus the score of the option without the input")
+    adapter: str | None = flag(None, "model", "evaluate, or go on from, this LoRA adapter (ours or PEFT's)")
+
+    trainer: str = flag("none", "training", "none, regular (back-propagation) or zo", choices=["none", "regular", "zo"])
+    only_train_option: bool = flag(True, "training", "the loss reads the option's tokens only, not the prompt's")
+    train_as_classification: bool = flag(False, "training", "the loss is cross-entropy over the options")
+    zo_eps: float | None = flag(None, "training", "perturbation ε of zo (default: by mode)")
+    zo_normalize: bool = flag(False, "training", "divide g by the root of its running mean square")
+    overwrite: bool = flag(False, "training", "remove the checkpoints of an earlier run in --output_dir")
+    save_model: bool = flag(False, "training", "write the trained model or adapter into --output_dir")
+    save_merged: bool = flag(
+        False, "training", "write a plain model directory, adapters merged, to --output_dir/merged"
+    )
+
+    lora: bool = flag(False, "adapters", "train LoRA adapters of q_proj and v_proj (or what the model has instead)")
+    lora_r: int | None = flag(None, "adapters", "rank (default: 8; 1 with --xgblora)")
+    lora_alpha: float = flag(16, "adapters", "alpha; adapters are scaled by alpha / rank")
+    lora_freeze_a: bool = flag(False, "adapters", "train B only; A stays the random draw of its round")
+    xgblora: bool = flag(False, "adapters", "boost with rank-1 adapters: train, merge, start afresh")
+    xgblora_steps_per_iteration: int = flag(0, "adapters", "merge every N steps; 0 merges by epochs")
+    xgblora_merge_frequency: int = flag(1, "adapters", "merge every n epochs (where steps are off)")
+    prefix_tuning: bool = flag(False, "adapters", "not available yet: refused")
+
+    learning_rate: float | None = flag(None, "training", "step size (default: by trainer and mode)")
+    lr_scheduler_type: str | None = flag(
+        None, "training", "schedule (default: constant under zo, linear to 0 with --zo_normalize or regular)"
+    )
+    max_grad_norm: float | None = flag(
+        None, "training", "zo: bound on |g| (default: 0, off); regular: of the gradient (1)"
+    )
+
+    def __post_init__(self):
+        trains, zo = self.trainer != "none", self.trainer == "zo"
+        self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
+        self.check(trains, zo)
+        if self.lora_r is None:
+            self.lora_r = 1 if self.xgblora else 8
+        learning_rate, eps = DEFAULTS.get((self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a), (0.0, None))
+        self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
+        self.zo_eps = eps if self.zo_eps is None else self.zo_eps
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "constant" if zo and not self.zo_normalize else "linear"
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if zo else 1.0
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = self.logging_nan_inf_filter and not zo  # it would log NaN as 0
+        self.given_output_dir = self.output_dir
+        self.output_dir = self.output_dir or "result"
+        super().__post_init__()
+        self._n_gpu = min(1, self.n_gpu)  # never DataParallel
+
+    def check(self, trains: bool, zo: bool) -> None:
+        """Raise UsageError for choices that exclude each other or lie out of range."""
+        conflicts = {
+            ("--xgblora", "--prefix_tuning"): self.xgblora and self.prefix_tuning,
+            ("--load_float16", "--load_bfloat16"): self.load_float16 and self.load_bfloat16,
+            ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and self.fp16,
+            ("--trainer zo", "--deepspeed"): zo and self.deepspeed,
+            ("--trainer zo", "--fsdp"): zo and self.fsdp,
+            ("--trainer zo", "--label_smoothing_factor"): zo and self.label_smoothing_factor,
+            ("--trainer zo", "--neftune_noise_alpha"): zo and self.neftune_noise_alpha,
+            ("--trainer zo", "--auto_find_batch_size"): zo and self.auto_find_batch_size,
+            ("--train_as_classification", "--only_train_option False"): trains
+            and self.train_as_classification
+            and not self.only_train_option,
+            ("--num_dev", "--trainer none"): self.num_dev is not None and not trains,
+            ("--eval_strategy", "no --num_dev"): trains and str(self.eval_strategy) != "no" and not self.num_dev,
+        }
+        for names, clash in conflicts.items():
+            if clash:
+                raise UsageError(f"{names[0]} and {names[1]} exclude each other")
+        adapters = self.lora or self.xgblora
+        needs = {
+            "--zo_normalize needs --trainer zo and --lora or --xgblora": self.zo_normalize and not (zo and adapters),
+            "--lora_freeze_a needs --trainer zo and --lora or --xgblora": self.lora_freeze_a and not (zo and adapters),
+            "--prefix_tuning is not available yet": self.prefix_tuning,
+            "--trainer zo runs in one process, without torchrun": zo and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+            f"--lora_r {self.lora_r} with --xgblora: boosters are of rank 1": self.xgblora
+            and self.lora_r not in (None, 1),
+            f"--adapter {self.adapter} with --trainer {self.trainer} needs --lora or --xgblora": self.adapter
+            and trains
+            and not adapters,
+        }  # fmt: skip
+        for message, broken in needs.items():
+            if broken:
+                raise UsageError(message)
+        at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
+        at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UsageError(f"--{name} is {getattr(self, name)}, but must be at least {least}")
+        for name in ("zo_eps", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"--{name} is {value}, but must be a positive number")
+        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise UsageError(f"--learning_rate is {self.learning_rate}, but must be a number, 0 or more")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.load_float16 else torch.bfloat16 if self.load_bfloat16 else torch.float32
+
+    @property
+    def model_label(self) -> str:
+        """The model's name as it stands in file names."""
+        return Path(self.model_name.rstrip("/")).name.removesuffix(".gguf")
+
+    def run_dir(self, train_set: int) -> Path:
+        """Output directory of one training set: by default one that no other task, mode or seed shares."""
+        if self.given_output_dir:
+            several = (self.num_train_sets or 1) > 1
+            return Path(self.output_dir) / f"trainset{train_set}" if several else Path(self.output_dir)
+        tag = f"-{self.tag}" if self.tag else ""
+        name = (
+            f"{self.task_name}-{self.model_label}-{self.mode}-{self.trainer}{tag}-seed{self.seed}-trainset{train_set}"
+        )
+        return Path("result") / name
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with `--help` in groups and errors in one line."""
+
+    def _parse_dataclass_field(self, parser, field):  # the base class makes it a static method and calls it on self
+        metadata = dict(field.metadata)
+        title = metadata.pop("group", None)
+        if title:
+            groups = {group.title: group for group in self._action_groups}
+            parser = groups.get(title) or self.add_argument_group(title)
+            field.metadata = metadata
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def parse(argv=None) -> OurArguments:
+    """Arguments of the command line; raises UsageError for a flag that does not exist, with the nearest one."""
+    parser = Parser(
+        OurArguments, allow_abbrev=False, description="Fine-tune and evaluate language models with forward passes only"
+    )
+    try:
+        args, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        raise UsageError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return args

@@ -1,0 +1,120 @@
+"""Tiny random models of several families, a byte-level tokenizer and a small task, all made from nothing."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parent.parent / "starter"))
+VOCABULARY = 264  # 256 bytes and a few special tokens
+TRAIN = [
+    ("a film of great warmth and wit", 1),
+    ("tedious from the first minute to the last", 0),
+    ("the best thing on a screen this year", 1),
+    ("lifeless, loud and far too long", 0),
+    ("funny, tender, and never once dull", 1),
+    ("a mess without a single idea", 0),
+    ("superb acting in every scene", 1),
+    ("i wanted my money back", 0),
+]
+
+
+def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
+    """A random causal language model with two layers; weights large enough that mistakes show."""
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rotary = {**small, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    opt = {**small, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32}
+    specials = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    made = {
+        "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **specials, **more)),
+        "opt-350m": lambda: OPTForCausalLM(
+            OPTConfig(**{**opt, "word_embed_proj_dim": 16}, do_layer_norm_before=False, **specials, **more)
+        ),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**rotary, **specials, **more)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**rotary, **specials, **more)),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **specials, **more)
+        ),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = made[family]().eval()
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p) * 0.1)
+    return model.to(dtype)
+
+
+FAMILIES = ["opt", "opt-350m", "llama", "qwen2", "gpt2"]
+
+
+def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """Every byte is a token; OPT-like special tokens behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def write_rows(path: Path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows)))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny Llama with its tokenizer, as a model directory."""
+    path = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """SST2 with 8 × 4 training rows and 8 validation rows."""
+    path = tmp_path_factory.mktemp("data")
+    write_rows(path / "SST2" / "train.jsonl", [(f"{s} {i}", y) for i in range(4) for s, y in TRAIN])
+    write_rows(path / "SST2" / "validation.jsonl", TRAIN)
+    return path
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def shared(*parts) -> Path:
+    """A path of the data that lie beside the checkout; skips, saying so, where they are not there."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+def starter(*parts) -> Path:
+    path = STARTER.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"the starter is not there ({path}): run 'make starter'")
+    return path

@@ -1,0 +1,182 @@
+"""Packed scoring equals the plain computation: one row per candidate, full logits, nothing shared."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from conftest import VOCABULARY, starter, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+
+import scoring
+from scoring import Example
+
+
+@torch.no_grad()
+def plain_logprobs(model, ids: list[int], n: int) -> list[float]:
+    logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return [logprobs[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))]
+
+
+def plain_scores(model, examples) -> list[list[float]]:
+    return [
+        [sum(plain_logprobs(model, ids, n)) for ids, n in zip(x.encodings, x.option_lens, strict=True)]
+        for x in examples
+    ]
+
+
+def assert_close(scores, reference, tokens=8):
+    for row, expected in zip(scores, reference, strict=True):
+        assert len(row) == len(expected)
+        for a, b in zip(row, expected, strict=True):
+            assert abs(a - b) <= tokens * 2e-5 + 1e-5 * abs(b)
+
+
+def some_examples(n=9, seed=0) -> list[Example]:
+    rng = random.Random(seed)
+    words = lambda k: [rng.randrange(256) for _ in range(k)]  # noqa: E731
+    made = []
+    for i in range(n):
+        prompt = words(rng.randint(1, 30))
+        lens = [rng.randint(1, 4) for _ in range(1 + i % 4)]
+        made.append(Example([prompt + words(k) for k in lens], lens, rng.randrange(len(lens))))
+    a, b, c = words(12), words(3), words(1)
+    made.append(Example([a + b, a + b + c, a + b, a + c], [3, 4, 3, 1], 1))  # a prefix, twins, one token
+    return made
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_scores_equal_the_plain_computation(family, plain):
+    model, examples = tiny_model(family), some_examples()
+    assert_close(scoring.score(model, examples, plain=plain), plain_scores(model, examples))
+
+
+def test_packing_budget_and_order_change_no_score(family):
+    model, examples = tiny_model(family), some_examples()
+    reference = scoring.score(model, examples, budget=10**6)
+    for budget in (1, 40, 100):
+        assert_close(scoring.score(model, examples, budget=budget), reference)
+    order = random.Random(1).sample(range(len(examples)), len(examples))
+    shuffled = scoring.score(model, [examples[i] for i in order])
+    assert_close(shuffled, [reference[i] for i in order])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_tree_of_options_scores_as_plain_rows(models, data):
+    model = models.setdefault("llama", tiny_model("llama"))
+    token = st.integers(0, VOCABULARY - 1)
+    examples = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        prompt = data.draw(st.lists(token, min_size=1, max_size=20))
+        options = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4))
+        examples.append(Example([prompt + o for o in options], [len(o) for o in options]))
+    assert_close(scoring.score(model, examples), plain_scores(model, examples))
+
+
+def test_classification_loss_equals_plain(family):
+    model, examples = tiny_model(family), some_examples()
+    expected = 0.0
+    for x, row in zip(examples, plain_scores(model, examples), strict=True):
+        means = torch.tensor([s / n for s, n in zip(row, x.option_lens, strict=True)])
+        expected -= means.log_softmax(0)[x.label].item() / len(examples)
+    with torch.no_grad():
+        loss = scoring.loss(model, scoring.pack(examples), classification=True)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    assert math.isclose(loss.item(), expected, rel_tol=1e-5)
+
+
+def test_language_modelling_loss_is_the_mean_over_option_tokens(family):
+    model = tiny_model(family)
+    examples = [Example([x.encodings[0]], [x.option_lens[0]]) for x in some_examples()]
+    tokens = [t for x in examples for t in plain_logprobs(model, x.encodings[0], x.option_lens[0])]
+    with torch.no_grad():
+        loss = scoring.loss(model, scoring.pack(examples), classification=False)
+    assert math.isclose(loss.item(), -sum(tokens) / len(tokens), rel_tol=1e-5)
+
+
+def test_gradients_through_packed_rows_equal_plain_gradients():
+    examples = some_examples()
+    grads = []
+    for plain in (False, True):
+        model = tiny_model("llama")
+        scoring.loss(model, scoring.pack(examples, plain=plain), classification=True).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*grads, atol=1e-6, rtol=1e-4)
+
+
+def test_each_distinct_token_goes_in_once_and_the_last_never():
+    prompt = list(range(10))
+    batch = scoring.pack([Example([[*prompt, 20], [*prompt, 21]], [1, 1])])
+    assert batch["input_ids"].tolist() == [prompt]
+    assert len(batch["read_row"]) == 1  # both options are read from one place
+
+
+def test_one_forward_serves_a_whole_batch():
+    model, calls = tiny_model("opt"), []
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    with torch.no_grad():
+        scoring.loss(model, scoring.pack(some_examples()), classification=True)
+    assert len(calls) == 1
+
+
+def test_rows_are_balanced():
+    places = scoring.fit([30, 20, 20, 10, 10, 10])
+    ends = {}
+    for (r, start), size in zip(places, [30, 20, 20, 10, 10, 10], strict=True):
+        ends.setdefault(r, []).append((start, start + size))
+    for spans in ends.values():  # no two items overlap, none leaves a hole
+        spans.sort()
+        assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+
+
+def test_families_that_take_packed_rows_are_found(family):
+    assert scoring.takes_packed(tiny_model(family))
+    assert scoring.takes_packed(tiny_model(family, dtype=torch.bfloat16))
+
+
+def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mistral = MistralForCausalLM(
+        MistralConfig(**sizes, num_key_value_heads=2, intermediate_size=48, sliding_window=8)
+    ).eval()
+    for model in (bloom, mistral):
+        assert not scoring.takes_packed(model)
+        assert_close(scoring.score(model, some_examples(), plain=True), plain_scores(model, some_examples()))
+
+
+def test_nan_is_an_error_and_not_class_0():
+    model = tiny_model("opt")
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        scoring.score(model, some_examples(2))
+
+
+def test_half_precision_reads_logits_in_fp32():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert scoring.loss(model, scoring.pack(some_examples()), classification=True).dtype == torch.float32
+
+
+def test_smollm2_scores_real_sentences_as_plain_rows_do():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = starter("smollm2-135m")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = ["a film of great warmth and wit It was", "tedious from the first minute It was", "no, never. It was"]
+    options = [" terrible", " great", " truly wonderful"]
+    examples = [
+        Example([tokenizer.encode(t + o) for o in options], [len(tokenizer.encode(o)) for o in options]) for t in texts
+    ]
+    assert_close(scoring.score(model, examples), plain_scores(model, examples))

@@ -1,0 +1,187 @@
+"""The training loop: Hugging Face's, with the step taken by `zo.py` or by back-propagation, and boosting on top.
+
+`OurTrainer` overrides what a step is (`create_optimizer`, `training_step`), what an evaluation is (`evaluate`), and
+what a checkpoint holds (`_save`, `_load_from_checkpoint`); the loop itself is the library's. It knows no tasks:
+`loss_fn` and `evaluate_fn` are given to it. A merge happens at the end of a step, before its evaluation and checkpoint.
+"""
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+import checkpoint
+from zo import ZerothOrder
+
+logger = logging.getLogger(__name__)
+
+
+class BoostingCallback(TrainerCallback):
+    """Merges at the end of every N-th step, or else at the last step of every n-th epoch.
+
+    An epoch merge is not done in `on_epoch_end`: that comes after the checkpoint of the epoch's last step, and a resume
+    from there would lose the merge.
+    """
+
+    def __init__(self, trainer: "OurTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        every = args.xgblora_steps_per_iteration
+        if not every:
+            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            every = steps_per_epoch * args.xgblora_merge_frequency
+        if state.global_step % every == 0:
+            self.trainer.merge()
+
+
+class OurTrainer(Trainer):
+    """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
+
+    Args (besides the Trainer's):
+        loss_fn(model, inputs) -> 0-dim fp32 tensor.
+        evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
+        settings: what makes this run another run than one with other values; kept in each checkpoint.
+
+    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. None trains the whole model.
+    """
+
+    def __init__(self, *args, loss_fn, evaluate_fn=None, settings=None, **kwargs):
+        self.loss_fn, self.evaluate_fn, self.settings = loss_fn, evaluate_fn, settings or {}
+        self.lora_module = None
+        self._staging = None
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
+        self.zeroth_order = self.args.trainer == "zo"
+        if self.args.xgblora:
+            self.add_callback(BoostingCallback(self))
+
+    # ---- the step ----
+
+    def create_optimizer(self, model=None):
+        if not self.zeroth_order:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            args = self.args
+            self.zo = self.optimizer = ZerothOrder(
+                self.model,
+                lr=args.learning_rate,
+                eps=args.zo_eps,
+                seed=args.seed,
+                clip=args.max_grad_norm,
+                normalize=args.zo_normalize,
+                decay_names=self.get_decay_parameter_names(self.model) if self.lora_module is None else (),
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.zeroth_order:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.eval()  # dropout would differ between the two forwards
+        inputs = self._prepare_inputs(inputs)
+        weight = 1 / self.current_gradient_accumulation_steps
+        with self.compute_loss_context_manager():
+            loss = self.zo.estimate(lambda: self.loss_fn(model, inputs), weight)
+        return torch.tensor(loss * weight, device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.loss_fn(model, inputs)
+
+    def _clip_grad_norm(self, model):
+        return None if self.zeroth_order else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Under `zo` the log's `grad_norm` is |g| of the coming update, before clip and normaliser."""
+        if not self.zeroth_order:
+            return super()._get_grad_norm(model, grad_norm)
+        return abs(self.zo.losses[0] - self.zo.losses[1]) / (2 * self.zo.eps)
+
+    def log(self, logs, start_time=None):
+        if self.zeroth_order and "loss" in logs and self.zo.scalars["skipped"]:
+            logs["skipped_steps"] = self.zo.scalars["skipped"]
+        super().log(logs, start_time)
+
+    def merge(self) -> None:
+        """End a boosting round; the optimizer forgets what it knew of the merged adapters."""
+        self.lora_module.merge_and_reinit()
+        step = self.state.global_step
+        logger.info("XGBLoRA: merged booster %d at step %d", len(self.lora_module.boosters), step)
+        self.state.log_history.append({"merged_booster": len(self.lora_module.boosters), "step": step})
+        if self.zeroth_order:
+            self.zo.load_master()
+        else:
+            self.optimizer.optimizer.state.clear()
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes over a batch that the steps so far took (a regular step adds a backward pass to each)."""
+        return (2 if self.zeroth_order else 1) * self.state.global_step * self.args.gradient_accumulation_steps
+
+    def finished(self, found) -> bool:
+        """Whether a checkpoint is the end of this run; if so its state, and the best weights where asked, are taken."""
+        state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))
+        if state.global_step < self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(found))
+        return True
+
+    # ---- evaluation ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_fn(self.model).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir=None, state_dict=None):
+        """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
+        output_dir = Path(output_dir or self.args.output_dir)
+        if self.lora_module is None:
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+        else:
+            self.lora_module.save_pretrained(output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = output_dir / checkpoint.PARTIAL
+        shutil.rmtree(self._staging, ignore_errors=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+            written = self._staging / name
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            (written / checkpoint.SETTINGS).write_text(json.dumps(self.settings, indent=1))
+            checkpoint.publish(written, output_dir / name)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging, self.args.save_total_limit = None, limit
+        checkpoint.rotate(output_dir, limit, keep=self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.lora_module is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.lora_module.load(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        logger.info("loading the best checkpoint, %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
