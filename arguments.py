@@ -116,6 +116,7 @@ class OurArguments(TrainingArguments):
             self.metric_for_best_model = "accuracy"
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.remove_unused_columns = False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.logging_nan_inf_filter = self.logging_nan_inf_filter and not zo  # it would log NaN as 0
         self.given_output_dir = self.output_dir
         self.output_dir = self.output_dir or "result"
@@ -137,7 +138,7 @@ class OurArguments(TrainingArguments):
             and self.train_as_classification
             and not self.only_train_option,
             ("--num_dev", "--trainer none"): self.num_dev is not None and not trains,
-            ("--eval_strategy", "no --num_dev"): trains and str(self.eval_strategy) != "no" and not self.num_dev,
+            ("--eval_strategy", "no --num_dev"): trains and self.eval_strategy != "no" and not self.num_dev,
         }
         for names, clash in conflicts.items():
             if clash:

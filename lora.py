@@ -151,9 +151,9 @@ class LoRA:
         self._append(live)
         lost, size = 0.0, 0.0
         for name, module in self.modules.items():
-            module.weight.copy_(self.base[name].float().add_(self.sum[name]))
+            exact = self.exact(name)
+            module.weight.copy_(exact)
             if module.weight.dtype != torch.float32:
-                exact = self.base[name].float().add_(self.sum[name])
                 lost += float((module.weight.cpu().float() - exact).square().sum())
                 size += float((live[name].B @ live[name].A).square().sum()) * live[name].scaling ** 2
         if size:
@@ -161,6 +161,10 @@ class LoRA:
                 "XGBLoRA: rounding the merged weights loses %.1f%% of this booster", 100 * math.sqrt(lost / size)
             )
         self._fresh()
+
+    def exact(self, name: str) -> Tensor:
+        """W₀ + Σ scaling · Bᵢ Aᵢ of a layer before rounding: fp32, on the host."""
+        return self.base[name].float() + self.sum[name]
 
     def _append(self, booster: dict[str, Booster]) -> None:
         """Put a booster at the end of the chain and into its fp32 sum."""
@@ -174,10 +178,8 @@ class LoRA:
         with torch.no_grad():
             for name, m in self.modules.items():
                 delta = m.oriented((m.lora_B * m.scaling) @ m.lora_A)
-                exact = (
-                    m.weight if name not in self.sum else self.base[name].float().add_(self.sum[name]).to(delta.device)
-                )
-                state[f"{name}.weight"] = (exact.float() + delta).to(m.weight.dtype)
+                exact = self.exact(name).to(delta.device) if self.xgblora else m.weight.float()
+                state[f"{name}.weight"] = (exact + delta).to(m.weight.dtype)
         return state
 
     def save_pretrained(self, directory) -> None:
@@ -214,8 +216,9 @@ class LoRA:
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         if self.xgblora:
-            about = {"ranks": json.dumps(ranks), "scalings": json.dumps(scalings), "seed": str(self.seed)}
-            save_file(unfolded, directory / "boosters.safetensors", metadata=about)
+            about = json.dumps({"ranks": ranks, "scalings": scalings})
+            # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
+            save_file(unfolded, directory / "boosters.safetensors", metadata={"chain": about})
 
     def load(self, directory) -> None:
         """Take the state that `save_pretrained` wrote, bit for bit; under XGBLoRA also an adapter made by PEFT, which
@@ -223,7 +226,7 @@ class LoRA:
         directory = Path(directory)
         if self.xgblora and (directory / "boosters.safetensors").exists():
             tensors, about = read_tensors(directory / "boosters.safetensors")
-            ranks, scalings = json.loads(about["ranks"]), json.loads(about["scalings"])
+            ranks, scalings = json.loads(about["chain"]).values()
             factors = self._factors(tensors, "{}.A", "{}.B", sum(ranks), directory)
             rounds = list(zip(ranks, scalings, strict=True))
         else:
@@ -249,7 +252,7 @@ class LoRA:
         with torch.no_grad():
             for name, module in self.modules.items():
                 if self.xgblora:
-                    module.weight.copy_(self.base[name].float().add_(self.sum[name]))
+                    module.weight.copy_(self.exact(name))
                 A, B = factors[name][0][start:], factors[name][1][:, start:]
                 if len(A):
                     if A.shape != module.lora_A.shape:

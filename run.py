@@ -7,7 +7,7 @@ Reads top to bottom like a recipe: `Framework` (model, prompts and scores, train
 rows, result file). The flags stand in arguments.py, what a step is in trainer.py and zo.py.
 """
 
-import dataclasses
+import copy
 import functools
 import importlib.metadata
 import json
@@ -132,7 +132,8 @@ class Framework:
 
     def train(self, train_samples, dev_samples, output_dir: Path) -> None:
         """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked)."""
-        args = dataclasses.replace(self.args, output_dir=str(output_dir))
+        args = copy.copy(self.args)
+        args.output_dir = str(output_dir)
         examples = self.examples(train_samples)
         if not args.train_as_classification:
             examples = [language_modelling(x, args.only_train_option) for x in examples]
@@ -170,7 +171,7 @@ class Framework:
     def settings(self, train_samples, dev_samples) -> dict:
         """What makes this run this run: model, rows, and every flag that is not incidental."""
         kept = {k: v for k, v in self.args.to_dict().items() if k not in INCIDENTAL}
-        if str(self.args.lr_scheduler_type).endswith("constant") and self.args.max_steps > 0:
+        if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         kept |= {"data": self.task.fingerprint, "rows": checkpoint.fingerprint(rows)}

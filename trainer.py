@@ -5,6 +5,7 @@ what a checkpoint holds (`_save`, `_load_from_checkpoint`); the loop itself is t
 `loss_fn` and `evaluate_fn` are given to it. A merge happens at the end of a step, before its evaluation and checkpoint.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -67,17 +68,18 @@ class OurTrainer(Trainer):
         if not self.zeroth_order:
             return super().create_optimizer(model)
         if self.optimizer is None:
+            adapters = self.lora_module is not None
+            decayed = () if adapters else self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
+            named = [(name in decayed, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for _, p in run], "weight_decay": self.args.weight_decay if decays else 0.0}
+                for decays, run in itertools.groupby(named, key=lambda pair: pair[0])
+            ]
             args = self.args
             self.zo = self.optimizer = ZerothOrder(
-                self.model,
-                lr=args.learning_rate,
-                eps=args.zo_eps,
-                seed=args.seed,
-                clip=args.max_grad_norm,
-                normalize=args.zo_normalize,
-                decay_names=self.get_decay_parameter_names(self.model) if self.lora_module is None else (),
-                weight_decay=args.weight_decay,
-            )
+                groups, args.learning_rate, args.zo_eps, args.seed,
+                clip=args.max_grad_norm, normalize=args.zo_normalize, host=adapters,
+            )  # fmt: skip
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -105,6 +107,7 @@ class OurTrainer(Trainer):
     def log(self, logs, start_time=None):
         if self.zeroth_order and "loss" in logs and self.zo.scalars["skipped"]:
             logs["skipped_steps"] = self.zo.scalars["skipped"]
+            self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # a NaN that has been logged must not spoil the sums to come
         super().log(logs, start_time)
 
     def merge(self) -> None:
@@ -113,6 +116,8 @@ class OurTrainer(Trainer):
         step = self.state.global_step
         logger.info("XGBLoRA: merged booster %d at step %d", len(self.lora_module.boosters), step)
         self.state.log_history.append({"merged_booster": len(self.lora_module.boosters), "step": step})
+        if self.optimizer is None:  # a finished run, loaded again
+            return
         if self.zeroth_order:
             self.zo.load_master()
         else:

@@ -107,12 +107,14 @@ class ZerothOrder(torch.optim.Optimizer):
 
     Args:
         params: a module (its parameters that require a gradient), or what any torch optimizer takes, with `lr` and
-            `weight_decay` (λ) per group if wanted. Parameters of any floating dtype on any device.
-        weight_decay: λ, of a module's parameters named in `decay_names` only where that is given.
+            `weight_decay` (λ) per group if wanted. Parameters of any floating dtype on any device; z runs through
+            them in this order.
         lr: learning rate η. eps: perturbation ε > 0. seed: of all directions.
         clip: bound on |g|, applied before normalising; 0 is off.
         normalize: divide g by the root of a running mean of g² (decay 0.98, bias-corrected), so that η is the length
             of a step along one coordinate.
+        host: keep the master and z on the host, in one flat buffer a group; by default where fewer than a tenth of a
+            module's elements are trained.
 
     `step(closure)` does it all. A loop that accumulates micro-batches calls `estimate(closure, weight)` for each of
     them, all with the same z, then `step()`. The closure takes no argument and returns a loss (a tensor or a float)
@@ -123,22 +125,13 @@ class ZerothOrder(torch.optim.Optimizer):
 
     DECAY = 0.98
 
-    def __init__(
-        self, params, lr=1e-3, eps=1e-3, seed=0, weight_decay=0.0, clip=0.0, normalize=False, decay_names=None
-    ):
+    def __init__(self, params, lr=1e-3, eps=1e-3, seed=0, weight_decay=0.0, clip=0.0, normalize=False, host=None):
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps must be a positive number, not {eps}")
-        host = False
         if isinstance(params, nn.Module):
-            named = dict(params.named_parameters())
-            trained = {name: p for name, p in named.items() if p.requires_grad}
-            host = 10 * sum(p.numel() for p in trained.values()) < sum(p.numel() for p in named.values())
-            decayed = trained.keys() if decay_names is None else trained.keys() & set(decay_names)
-            params = [
-                {"params": [p for name, p in trained.items() if name in decayed]},
-                {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
-            ]
-            params = [group for group in params if group["params"]]
+            total = sum(p.numel() for p in params.parameters())
+            params = [p for p in params.parameters() if p.requires_grad]
+            host = 10 * sum(p.numel() for p in params) < total if host is None else host
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.eps, self.seed, self.clip, self.normalize = eps, seed, clip, normalize
         if any(p.is_meta for group in self.param_groups for p in group["params"]):
@@ -146,12 +139,12 @@ class ZerothOrder(torch.optim.Optimizer):
         self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0}
         self.projected_grad = math.nan  # of the last step, before clip and normaliser
         self.losses = [0.0, 0.0]  # at θ+εz and θ−εz, of the micro-batches so far
-        self.host = host
+        self.host = bool(host)
         self.blocks = self._allocate()
         self.load_master()
 
     def _allocate(self) -> list["Block"]:
-        """Small adapters: one flat master a group, on the host. Else one a parameter, beside it."""
+        """On the host one flat master a group, else one a parameter, beside it."""
         blocks, offset = [], 0
         for index, group in enumerate(self.param_groups):
             for params in [group["params"]] if self.host else [[p] for p in group["params"]]:

@@ -1,0 +1,293 @@
+"""`run.py` end to end on a tiny model: three trainers, three modes, resume, adapters, results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAIN, shared, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import run
+from lora import LoRA
+
+ROOT = Path(run.__file__).parent
+
+
+@pytest.fixture
+def go(model_dir, data_dir, tmp_path, monkeypatch):
+    """go(flags) -> result of `run.py` in an empty folder; raises AssertionError where it does not end with 0."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(flags: str, model=model_dir, status: int = 0) -> dict:
+        path = tmp_path / "result.json"
+        common = f"--model_name {model} --data_dir {data_dir} --result_file {path} --disable_tqdm True"
+        common += " --train_as_classification --num_train 16"
+        assert run.main(f"{common} {flags}".split()) == status
+        return json.loads(path.read_text()) if status == 0 else {}
+
+    return main
+
+
+ZO = "--trainer zo --max_steps 6 --learning_rate 1e-2 --output_dir out --save_model"
+BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 4 --save_steps 2"
+
+
+def in_folder(name):
+    return BOOST.replace("--output_dir out", f"--output_dir {name}")
+
+
+def adapter_bytes(path="out"):
+    return [(Path(path) / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "boosters")]
+
+
+@pytest.mark.parametrize("trainer", ["regular", "zo"])
+@pytest.mark.parametrize("mode", ["", "--lora", "--xgblora --xgblora_steps_per_iteration 2"])
+def test_every_trainer_in_every_mode_gives_a_number_and_a_model(go, trainer, mode):
+    result = go(f"--trainer {trainer} {mode} --max_steps 5 --output_dir out --save_model --save_merged --num_dev 8")
+    assert 0 <= result["accuracy"] <= 1 and 0 <= result["dev_accuracy"] <= 1
+    assert result["forward_passes"] == (10 if trainer == "zo" else 5)
+    assert result["args"]["trainer"] == trainer and result["seed"] == 42
+    assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_mb"] > 0
+    saved = "adapter_model.safetensors" if mode else "model.safetensors"
+    assert (Path("out") / saved).exists()
+    merged = go("--trainer none --num_train 0", model="out/merged")
+    assert merged["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "qwen2", "gpt2"])
+def test_other_families_train(go, family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / family)
+    tiny_tokenizer().save_pretrained(tmp_path / family)
+    go(BOOST, model=tmp_path / family)
+
+
+def test_zero_shot_equals_a_plain_loop(go, model_dir, data_dir):
+    result = go("--trainer none --num_train 0")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir).eval(), tiny_tokenizer()
+    right = 0
+    for sentence, label in TRAIN:
+        scores = []
+        for word in ("terrible", "great"):
+            prompt, text = f"{sentence} It was", f"{sentence} It was {word}"
+            ids = tokenizer.encode(text)
+            n = len(ids) - len(tokenizer.encode(prompt))
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(logprobs[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))) / n)
+        right += int(scores[1] > scores[0]) == label
+    assert result["accuracy"] == right / len(TRAIN)
+
+
+def test_demonstrations_and_calibration_change_the_scores(go):
+    losses = [go(f"--trainer none {flags}")["loss"] for flags in ("--num_train 0", "--sfc --num_train 0")]
+    losses += [go(f"--trainer none --num_train 2 {flags}")["loss"] for flags in ("--train_set_seed 0", "")]
+    assert len(set(losses)) == 4
+
+
+def test_a_rerun_after_a_crash_ends_with_the_same_bytes(go):
+    """In-process: the run dies in the middle of the step after a checkpoint."""
+    go(f"{BOOST} --max_steps 11")
+    expected = adapter_bytes()
+    for path in checkpoint.completed("out"):
+        if path.name != "checkpoint-6":  # in the middle of the second round
+            subprocess.run(["rm", "-r", str(path)], check=True)
+    for name in ("adapter_model", "boosters"):
+        (Path("out") / f"{name}.safetensors").unlink()
+    result = go(f"{BOOST} --max_steps 11")
+    assert adapter_bytes() == expected and result["forward_passes"] == 22
+
+
+@pytest.mark.parametrize("mode", ["", "--load_bfloat16"])
+def test_full_parameters_resume_with_the_same_bits(go, mode):
+    go(f"{ZO} {mode} --save_steps 3 --weight_decay 0.1")
+    expected = (Path("out") / "model.safetensors").read_bytes()
+    subprocess.run(["rm", "-r", "out/checkpoint-6", "out/model.safetensors"], check=True)
+    go(f"{ZO} {mode} --save_steps 3 --weight_decay 0.1")
+    assert (Path("out") / "model.safetensors").read_bytes() == expected
+
+
+def test_kill_9_and_the_same_command_again(model_dir, data_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "--model_name", str(model_dir), "--data_dir", str(data_dir)]
+    command += [*f"{BOOST} --num_train 16 --max_steps 400 --save_steps 10 --no_eval --train_as_classification".split()]
+    command += ["--xgblora_steps_per_iteration", "15", "--save_total_limit", "3"]
+    runs = {}
+    for name in ("calm", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            with open(folder / "log", "w") as log:
+                process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+                deadline = time.time() + 120
+                while not list(folder.glob("out/checkpoint-*")) and time.time() < deadline:
+                    time.sleep(0.01)
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            assert not (folder / "out" / "adapter_model.safetensors").exists()
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        runs[name] = adapter_bytes(folder / "out")
+    assert runs["killed"] == runs["calm"]
+
+
+def test_a_finished_run_trains_no_more_and_evaluates(go, caplog):
+    caplog.set_level("INFO")
+    first = go(BOOST)
+    expected = adapter_bytes()
+    again = go(BOOST)
+    assert "is finished (step 6)" in caplog.text
+    assert adapter_bytes() == expected
+    assert {k: v for k, v in again.items() if k in ("accuracy", "loss", "forward_passes")} == {
+        k: v for k, v in first.items() if k in ("accuracy", "loss", "forward_passes")
+    }
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(go):
+    go(f"{BOOST} --max_steps 9")
+    expected = adapter_bytes()
+    subprocess.run(["rm", "-r", "out"], check=True)
+    go(BOOST)
+    go(f"{BOOST} --max_steps 9")
+    assert adapter_bytes() == expected
+
+
+OTHERS = {
+    "seed": "--seed 1",
+    "zo_eps": "--zo_eps 0.5",
+    "learning_rate": "--learning_rate 0.5",
+    "xgblora_steps_per_iteration": "--xgblora_steps_per_iteration 3",
+    "per_device_train_batch_size": "--per_device_train_batch_size 4",
+    "rows": "--num_train 12",
+    "load_bfloat16": "--load_bfloat16",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_in_the_same_directory_is_refused(go, capsys, name):
+    go(BOOST)
+    go(f"{BOOST} {OTHERS[name]}", status=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("run.py: error:") and f"{name} " in error and "--overwrite" in error
+    go(f"{BOOST} {OTHERS[name]} --overwrite")
+
+
+def test_another_model_or_other_data_in_the_same_directory_is_refused(go, capsys, tmp_path, data_dir):
+    go(BOOST)
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")  # same shape, other weights
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    go(BOOST, model=tmp_path / "other", status=2)
+    assert "model " in capsys.readouterr().err.splitlines()[-1]
+    text = (data_dir / "SST2" / "train.jsonl").read_text().replace("warmth", "cold")
+    for split in ("train", "validation"):
+        (tmp_path / "data" / "SST2").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "SST2" / f"{split}.jsonl").write_text(text)
+    go(f"{BOOST} --data_dir {tmp_path / 'data'}", status=2)
+    assert "data " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_best_checkpoint_comes_back(go, monkeypatch):
+    """Of evaluations that say 0.1, 0.9, 0.2, … the second is the best: the model of step 4, its live booster merged."""
+    flags = f"{BOOST} --max_steps 8 --num_dev 4 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --no_eval"
+    values = iter([0.1, 0.9, 0.2, 0.3])
+    evaluate = run.Framework.evaluate
+    monkeypatch.setattr(
+        run.Framework,
+        "evaluate",
+        lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(values, 0.5)},
+    )
+    go(f"{flags} --xgblora_steps_per_iteration 3")
+    best = adapter_bytes()
+    model = tiny_model("llama")
+    lora = LoRA(model, 1, 16, xgblora=True, seed=42)
+    lora.load("out/checkpoint-4")
+    lora.merge_and_reinit()
+    lora.save_pretrained("expected")
+    assert adapter_bytes("expected") == best
+    again = go(f"{flags} --xgblora_steps_per_iteration 3")  # finished: the best one again
+    assert adapter_bytes() == best and again["sets"][0]["boosters"] == 2
+
+
+@pytest.mark.parametrize("mode", ["--lora --lora_r 3", "--xgblora --xgblora_steps_per_iteration 4"])
+def test_a_saved_adapter_evaluates_to_the_same_numbers(go, mode):
+    trained = go(f"{ZO} {mode} --load_bfloat16")
+    saved = go("--trainer none --num_train 0 --adapter out --load_bfloat16")
+    assert saved["accuracy"] == trained["accuracy"] and saved["loss"] == trained["loss"]
+
+
+def test_training_goes_on_from_an_adapter(go):
+    go(BOOST)
+    result = go(in_folder("more") + " --adapter out")
+    assert result["sets"][0]["boosters"] == 4
+
+
+def test_several_sets_start_from_a_fresh_model_each(go):
+    result = go(f"{BOOST} --num_train_sets 2 --train_set_seed 3")
+    alone = go(in_folder("alone") + " --train_set_seed 4")
+    assert [s["train_set"] for s in result["sets"]] == [3, 4]
+    assert adapter_bytes("out/trainset4") == adapter_bytes("alone")
+    assert result["accuracy"] == sum(s["accuracy"] for s in result["sets"]) / 2 and alone["sets"][0]["train_set"] == 4
+
+
+def test_seed_drives_directions_a_and_the_training_set(go):
+    go(BOOST)
+    first = adapter_bytes()
+    go(in_folder("same"))
+    go(in_folder("other") + " --seed 1 --train_set_seed 42")
+    assert adapter_bytes("same") == first and adapter_bytes("other") != first
+
+
+def test_without_flags_names_are_what_the_documents_say(model_dir, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = f"--model_name {model_dir} --data_dir {data_dir} --num_eval 4"
+    assert run.main(common.split()) == 0
+    assert run.main(f"{common} --trainer zo --xgblora --max_steps 2 --num_train 8 --num_dev 4 --tag x".split()) == 0
+    assert (tmp_path / "result/SST2-tiny-llama-sampleeval4-onetrainpereval.json").exists()
+    assert (tmp_path / "result/SST2-tiny-llama-sampleeval4-ntrain8-ndev4-x-trainset42.json").exists()
+    assert (tmp_path / "result/SST2-tiny-llama-xgblora-zo-x-seed42-trainset42/checkpoint-2").is_dir()
+
+
+def test_learning_rate_and_eps_default_by_mode():
+    def defaults(flags):
+        args = run.parse(flags.split())
+        return args.learning_rate, args.zo_eps, args.lr_scheduler_type.value, args.max_grad_norm, args.lora_r
+
+    assert defaults("--trainer zo") == (1e-6, 1e-3, "constant", 0, 8)
+    assert defaults("--trainer zo --lora") == (5e-5, 1e-2, "constant", 0, 8)
+    assert defaults("--trainer zo --xgblora")[2:] == ("constant", 0, 1)
+    assert defaults("--trainer zo --xgblora --zo_normalize --lora_freeze_a")[2] == "linear"
+    assert defaults("--trainer zo --xgblora --learning_rate 1e-5 --zo_eps 1e-3")[:2] == (1e-5, 1e-3)
+    assert defaults("--trainer regular --lora")[2:] == ("linear", 1.0, 8)
+
+
+def test_weights_in_an_unsafe_format_are_read_without_running_code(go, tmp_path):
+    """The OPT checkpoints on the hub are `.bin` files."""
+    model = tiny_model("opt")
+    folder = tmp_path / "opt-bin"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    plain = go("--trainer none --num_train 0", model=folder)
+    model.save_pretrained(tmp_path / "opt")
+    tiny_tokenizer().save_pretrained(tmp_path / "opt")
+    assert go("--trainer none --num_train 0", model=tmp_path / "opt")["loss"] == plain["loss"]
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({**model.state_dict(), "evil": Evil()}, folder / "pytorch_model.bin")
+    go("--trainer none --num_train 0", model=folder, status=2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_opt_prompts_start_with_0():
+    from utils import load_tokenizer
+
+    tokenizer = load_tokenizer(shared("tokenizer-opt"), "opt")
+    assert tokenizer.encode("hello") == [0, 42891]
