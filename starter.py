@@ -156,10 +156,12 @@ def make(directory: Path, say=print) -> bool:
         for name in wanted:
             shutil.rmtree(directory / name, ignore_errors=True)
             (work / name).rename(directory / name)
+    except StarterError:
+        raise
     except OSError as error:
         raise StarterError(f"{error.strerror or error}: {error.filename or directory}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise StarterError(f"a package does not hold what it should: {error}") from error
+    except Exception as error:  # a package that is not what it should be; the readers raise what they like
+        raise StarterError(f"a package does not hold what it should: {str(error).splitlines()[0]}") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import TRAIN, shared, tiny_model, tiny_tokenizer
@@ -284,6 +285,61 @@ def test_weights_in_an_unsafe_format_are_read_without_running_code(go, tmp_path)
     torch.save({**model.state_dict(), "evil": Evil()}, folder / "pytorch_model.bin")
     go("--trainer none --num_train 0", model=folder, status=2)
     assert not (tmp_path / "ran").exists()
+
+
+def write_gguf(path: Path, model) -> None:
+    """A Llama as llama.cpp has it: its names, and q and k with the two halves of a head interleaved."""
+    writer, config = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tiny_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get) + ["ab"] + [f"<unused{i}>" for i in range(config.vocab_size - 260)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * 3 + [1] * (len(tokens) - 259))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    names = {"self_attn": "attn", "o_proj": "output", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    names |= {"mlp": "ffn", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        if name.startswith("model.layers."):
+            layer, *parts = name.removeprefix("model.layers.").removesuffix(".weight").split(".")
+            name = f"blk.{layer}.{'_'.join(names[part] for part in parts)}.weight"
+        writer.add_tensor({**whole, "lm_head.weight": "output.weight"}.get(name, name), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_a_model_that_trains_and_can_be_saved(go, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    trained = go("--trainer zo --max_steps 2 --output_dir out --save_model", model=tmp_path / "tiny.gguf")
+    assert go("--trainer none --num_train 0", model="out")["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    go(f"{BOOST} --output_dir boosted", model=tmp_path / "tiny.gguf")
+
+
+def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
+    import starter
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    model, _ = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    expected = tiny_model("llama").state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
 def test_opt_prompts_start_with_0():

@@ -1,0 +1,34 @@
+# make demo | make test | make starter: each works alone, from a fresh clone with nothing installed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test starter format clean
+
+demo: .venv/installed
+	$(BIN)/python starter.py starter
+	$(BIN)/python bench/demo.py
+
+starter: .venv/installed
+	$(BIN)/python starter.py starter
+
+test: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
+
+format: .venv/test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The virtual environment is complete only when its stamp is there; an install that broke off starts again.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+.venv/test-installed: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv result

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# MeZO with the recipe of its authors: MODE=ft|lora|xgblora TASK=SST2 MODEL=facebook/opt-1.3b bash mezo.sh [flags of run.py]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+MODEL=${MODEL:-facebook/opt-1.3b}
+TASK=${TASK:-SST2}
+MODE=${MODE:-ft}
+BS=${BS:-16}
+SEED=${SEED:-0}
+TRAIN=${TRAIN:-1000}
+DEV=${DEV:-500}
+EVAL=${EVAL:-1000}
+STEPS=${STEPS:-20000}
+EVAL_STEPS=${EVAL_STEPS:-4000}
+XGBLORA_STEPS=${XGBLORA_STEPS:-1000}
+DATA_DIR=${DATA_DIR:-}
+LR=${LR:-}    # empty: run.py takes the mode's value and prints it
+EPS=${EPS:-}
+
+MODE_ARGS=()
+case "$MODE" in
+    ft) ;;
+    lora) MODE_ARGS=(--lora) ;;
+    xgblora) MODE_ARGS=(--xgblora --xgblora_steps_per_iteration "$XGBLORA_STEPS") ;;
+    prefix) echo "mezo.sh: MODE=prefix is not available yet; there are ft, lora, xgblora" >&2; exit 2 ;;
+    *) echo "mezo.sh: unknown MODE '$MODE'; there are ft, lora, xgblora" >&2; exit 2 ;;
+esac
+[ -z "$LR" ] || MODE_ARGS+=(--learning_rate "$LR")
+[ -z "$EPS" ] || MODE_ARGS+=(--zo_eps "$EPS")
+[ -z "$DATA_DIR" ] || MODE_ARGS+=(--data_dir "$DATA_DIR")
+# Half precision is the fast one on a GPU; on a CPU run.py says which is.
+! nvidia-smi > /dev/null 2>&1 || MODE_ARGS+=(--load_float16)
+
+PYTHON=python
+[ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+
+echo "MODEL: $MODEL"
+echo "TASK: $TASK"
+echo "MODE: $MODE"
+echo "BS: $BS"
+echo "LR: ${LR:-by mode}"
+echo "EPS: ${EPS:-by mode}"
+echo "SEED: $SEED"
+echo "TRAIN/DEV/EVAL: $TRAIN/$DEV/$EVAL"
+echo "TRAIN/EVAL STEPS: $STEPS/$EVAL_STEPS"
+[ "$MODE" != xgblora ] || echo "XGBLORA_STEPS: $XGBLORA_STEPS"
+echo "DATA_DIR: ${DATA_DIR:-(hub)}"
+echo "Extra args: ${MODE_ARGS[*]} $*"
+
+exec "$PYTHON" run.py --model_name "$MODEL" --task_name "$TASK" --tag "mezo-$MODE-$STEPS-$BS" \
+    --trainer zo --train_as_classification --seed "$SEED" --train_set_seed "$SEED" \
+    --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" --per_device_train_batch_size "$BS" \
+    --max_steps "$STEPS" --logging_steps 10 --eval_strategy steps --eval_steps "$EVAL_STEPS" \
+    --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 --load_best_model_at_end \
+    "${MODE_ARGS[@]}" "$@"

@@ -1,0 +1,181 @@
+"""Bad input gets one clear line and exit status 2, and it gets it before anything is trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model, tiny_tokenizer, write_rows
+
+import run
+from utils import UsageError
+
+ROOT = Path(run.__file__).parent
+GOOD = [("fine", 1), ("poor", 0), ("good", 1), ("bad", 0)]
+
+
+@pytest.fixture
+def refused(model_dir, data_dir, tmp_path, monkeypatch, capsys):
+    """refused(flags, *words): `run.py` exits with 2 and its last line holds the words."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(flags: str, *words: str):
+        common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path / 'out'} {flags}"
+        assert run.main(common.split()) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        line = said.splitlines()[-1]
+        assert line.startswith("run.py: error: ")
+        for word in words:
+            assert word in line, line
+
+    return check
+
+
+FLAGS = {
+    "--task_name Nonsense": ("Nonsense", "SST2"),
+    "--xgblora --prefix_tuning": ("--xgblora", "--prefix_tuning"),
+    "--prefix_tuning": ("--prefix_tuning",),
+    "--load_float16 --load_bfloat16": ("--load_float16", "--load_bfloat16"),
+    "--trainer zo --fp16": ("--trainer zo", "--fp16"),
+    "--trainer zo --deepspeed x.json": ("--trainer zo", "--deepspeed"),
+    "--trainer zo --label_smoothing_factor 0.1": ("--label_smoothing_factor",),
+    "--trainer zo --neftune_noise_alpha 5": ("--neftune_noise_alpha",),
+    "--trainer zo --auto_find_batch_size": ("--auto_find_batch_size",),
+    "--trainer zo --num_train 30 --num_dev 8": ("--num_train 30", "--num_dev 8", "32"),
+    "--trainer zo --num_dev 40": ("--num_dev 40", "32"),
+    "--num_dev 4": ("--num_dev", "--trainer none"),
+    "--trainer zo --eval_strategy steps --eval_steps 2": ("--eval_strategy", "--num_dev"),
+    "--trainer zo --xgblora --xgblora_steps_per_iteration -1": ("--xgblora_steps_per_iteration", "-1"),
+    "--trainer zo --xgblora --xgblora_merge_frequency 0": ("--xgblora_merge_frequency", "0"),
+    "--trainer zo --xgblora --lora_r 8": ("--lora_r 8", "--xgblora"),
+    "--trainer zo --lora --lora_r 0": ("--lora_r", "0"),
+    "--trainer zo --lora --lora_alpha nan": ("--lora_alpha",),
+    "--trainer zo --zo_eps 0": ("--zo_eps", "0"),
+    "--trainer zo --zo_eps inf": ("--zo_eps",),
+    "--trainer zo --learning_rate -1": ("--learning_rate",),
+    "--trainer zo --zo_normalize": ("--zo_normalize", "--lora"),
+    "--trainer regular --lora --lora_freeze_a": ("--lora_freeze_a", "--trainer zo"),
+    "--trainer zo --train_as_classification --only_train_option False": ("--only_train_option",),
+    "--max_length 5": ("--max_length", "6"),
+    "--max_length 1": ("--max_length",),
+    "--num_eval 0": ("--num_eval",),
+    "--adapter nowhere": ("nowhere", "adapter_config.json"),
+    "--nonsense 3": ("--nonsense",),
+    "--xgblora_steps_per_iteratoin 3": ("--xgblora_steps_per_iteration?",),
+    "--trainer magic": ("--trainer", "magic"),
+    "--num_train many": ("--num_train", "many"),
+    "--model_name no/such_model": ("no/such_model", "make starter"),
+    "--data_dir no/such/place": ("no/such/place", "train.jsonl"),
+    "--trainer zo --eval_strategy steps --num_dev 4 --load_best_model_at_end --save_strategy no": ("best",),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags(refused, flags):
+    refused(flags, *FLAGS[flags])
+
+
+ROWS = {
+    "not JSON": (["{"], "row 1"),
+    "a list": (["[1, 2]"], "row 1"),
+    "no column": ([json.dumps({"idx": 0, "sentence": "x", "label": 0}), '{"idx": 1, "label": 1}'], "row 2"),
+    "a label outside the classes": (['{"sentence": "x", "label": 2}'], "label is 2"),
+    "a label that is a word": (['{"sentence": "x", "label": "1"}'], "label is '1'"),
+    "a sentence that is a number": (['{"sentence": 5, "label": 1}'], "sentence is a int"),
+    "an empty sentence": (['{"sentence": " ", "label": 1}'], "sentence is empty"),
+    "no rows": ([], "no rows"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(refused, name, tmp_path):
+    lines, words = ROWS[name]
+    write_rows(tmp_path / "SST2" / "validation.jsonl", GOOD)
+    (tmp_path / "SST2" / "train.jsonl").write_text("\n".join(lines))
+    refused(f"--data_dir {tmp_path}", "train.jsonl", words)
+
+
+def test_a_file_that_is_not_utf8(refused, tmp_path):
+    write_rows(tmp_path / "SST2" / "validation.jsonl", GOOD)
+    (tmp_path / "SST2" / "train.jsonl").write_bytes(b'{"sentence": "\xff", "label": 1}')
+    refused(f"--data_dir {tmp_path}", "train.jsonl", "UTF-8")
+
+
+def test_bad_rows_are_refused_before_the_model_is_looked_at(refused, tmp_path):
+    write_rows(tmp_path / "SST2" / "train.jsonl", [("x", 7)])
+    refused(f"--data_dir {tmp_path} --model_name no/such_model", "label is 7")
+
+
+def test_models_that_are_none(refused, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(f"--model_name {empty}", "empty")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF\x03\x00\x00\x00rubbish")
+    refused(f"--model_name {cut}", "cut.gguf")
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    refused(f"--model_name {bert}", "BertForMaskedLM", "not a causal language model")
+
+
+def test_weights_that_lack_a_layer(refused, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    model = tiny_model("llama")
+    state = model.state_dict()
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    model.save_pretrained(tmp_path / "m", state_dict=state)
+    refused(f"--model_name {tmp_path / 'm'}", "lack", "up_proj")
+
+
+def test_a_model_without_attention_projections_names_what_it_has(refused, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    refused(f"--model_name {tmp_path / 'm'} --trainer zo --lora --max_steps 1", "no layer to adapt", "in_proj")
+
+
+def test_an_output_directory_that_is_a_file(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(f"--trainer zo --lora --max_steps 1 --output_dir {tmp_path / 'file'}", "--output_dir", "not writable")
+
+
+def test_a_directory_that_another_process_trains_in(refused, tmp_path):
+    import checkpoint
+
+    with checkpoint.locked(tmp_path / "out"):
+        refused("--trainer zo --lora --max_steps 1", "another process")
+
+
+def test_the_hub_out_of_reach_names_the_way_out(refused, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UsageError, match=r"make starter.*--data_dir starter"):
+        run.get_task("SST2")
+    with pytest.raises(UsageError, match="make starter"):
+        run.get_task("Reviews")
+
+
+def test_the_process_says_one_line_and_exits_with_2(tmp_path):
+    for flags in ("--load_float16 --load_bfloat16", "--task_name Nonsense", "--nonsense"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *flags.split()], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("mode", ["prefix", "nonsense"])
+def test_mezo_sh_refuses_modes_that_are_not_there(mode):
+    done = subprocess.run(
+        ["bash", str(ROOT / "mezo.sh")], env={**os.environ, "MODE": mode}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and mode in done.stderr and len(done.stderr.splitlines()) == 1
