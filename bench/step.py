@@ -1,0 +1,163 @@
+"""Seconds of a zeroth-order step against its floor, interleaved in one run, as ratios of medians; peak memory of each.
+
+    python bench/step.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews
+    python bench/step.py --model_name opt-125m --data_dir DIR --task_name SST2 --dtypes float32
+
+The floor is two bare forwards of the batch as the step packs it. `plain` is what a step costs without this project's
+savings: one padded row per candidate, logits of every position, a `torch.normal` per tensor, four passes over the
+weights. `opt-125m` stands for a random model of that geometry, to be used with a tokenizer directory (`--tokenizer`).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import run  # noqa: E402
+import scoring  # noqa: E402
+import utils  # noqa: E402
+from zo import ZerothOrder  # noqa: E402
+
+KINDS = ("floor", "lora", "xgblora-B", "full", "plain-lora")
+
+
+def random_opt_125m(tokenizer: str, path: Path) -> Path:
+    """A model directory of OPT-125m's geometry with random weights and the given tokenizer."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig()).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return path
+
+
+def plain_loss(model, examples) -> torch.Tensor:
+    """One padded row per candidate, logits of every position, cross-entropy over the candidates."""
+    rows = [ids for x in examples for ids in x.encodings]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+    means, row = [], 0
+    for x in examples:
+        for option, n in zip(x.encodings, x.option_lens, strict=True):
+            places = torch.arange(len(option) - n, len(option))
+            means.append(logprobs[row, places - 1, torch.tensor(option)[places]].mean())
+            row += 1
+    scores = torch.stack(means).view(len(examples), -1)
+    return torch.nn.functional.cross_entropy(scores, torch.tensor([x.label for x in examples]))
+
+
+def plain_step(model, params, loss, lr=0.0, eps=1e-3) -> None:
+    def sweep(scale):
+        torch.manual_seed(0)
+        for p in params:
+            p.data = p.data + torch.normal(0, 1, size=p.shape, dtype=p.dtype) * scale
+
+    with torch.inference_mode(False), torch.no_grad():
+        sweep(eps)
+        plus = loss()
+        sweep(-2 * eps)
+        minus = loss()
+        sweep(eps)
+        sweep(-lr * float(plus - minus) / (2 * eps))
+
+
+def side(kind: str, args, dtype: str):
+    """step(batch, examples) of one kind, on a model of its own."""
+    mode = {"lora": "--lora", "plain-lora": "--lora", "xgblora-B": "--xgblora --lora_freeze_a"}.get(kind, "")
+    common = f"--model_name {args.model_name} --data_dir {args.data_dir} --task_name {args.task_name} --trainer zo"
+    framework = run.Framework(
+        run.parse(f"{common} {mode} --load_bfloat16 {dtype == 'bfloat16'}".split()),
+        run.get_task(args.task_name, args.data_dir),
+    )
+    model = framework.model
+    params = [p for p in model.parameters() if p.requires_grad]
+    if kind == "floor":
+
+        @torch.inference_mode()
+        def step(batch, examples):
+            scoring.loss(model, batch, True)
+            scoring.loss(model, batch, True)
+
+    elif kind == "plain-lora":
+
+        def step(batch, examples):
+            plain_step(model, params, lambda: plain_loss(model, examples))
+
+    else:
+        engine = ZerothOrder(model, lr=0.0, eps=1e-2)
+
+        def step(batch, examples):
+            engine.step(partial(scoring.loss, model, batch, True))
+
+    return framework, step
+
+
+def peak(args, dtype: str, kind: str) -> float:
+    """Peak resident memory in MB of a process that takes three steps of one kind, above that before it loads."""
+    command = [sys.executable, __file__, "--model_name", args.model_name, "--data_dir", args.data_dir]
+    command += ["--task_name", args.task_name, "--batch", str(args.batch), "--dtypes", dtype, "--peak", kind]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_name", default=str(ROOT / "starter/smollm2-135m"))
+    parser.add_argument("--tokenizer", help="tokenizer directory for --model_name opt-125m")
+    parser.add_argument("--data_dir", default=str(ROOT / "starter"))
+    parser.add_argument("--task_name", default="Reviews")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--default_malloc", action="store_true", help="leave glibc to give freed memory back")
+    parser.add_argument("--peak", choices=KINDS, help="only print the peak memory of this kind")
+    args = parser.parse_args()
+    if not args.default_malloc:
+        utils.keep_pages()
+    if args.model_name == "opt-125m":
+        args.model_name = str(random_opt_125m(args.tokenizer, ROOT / "result" / "opt-125m"))
+    if args.peak:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for dtype in args.dtypes:
+        sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else KINDS)}
+        framework = next(iter(sides.values()))[0]
+        examples = framework.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
+        groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
+        if args.peak:
+            for group in groups[:3]:
+                sides[args.peak][1](scoring.pack(group), group)
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+            return
+        seconds = {kind: [] for kind in KINDS}
+        for i, group in enumerate(groups):
+            batch = scoring.pack(group)
+            for kind, (_, step) in sides.items():
+                start = time.perf_counter()
+                step(batch, group)
+                if i:  # the first one warms up
+                    seconds[kind].append(time.perf_counter() - start)
+        del sides
+        real = median(sum(len(x.encodings[0]) - 1 for x in group) for group in groups)
+        print(
+            f"\n{Path(args.model_name).name}, {args.task_name}, {dtype}, batch {args.batch} (median {real:.0f} "
+            f"distinct tokens), {torch.get_num_threads()} threads, {len(groups) - 1} interleaved steps each"
+        )
+        print(f"{'':12} {'seconds':>8} {'/ floor':>8} {'peak MB':>8}")
+        for kind in KINDS:
+            ratio = median(a / b for a, b in zip(seconds[kind], seconds["floor"], strict=True))
+            print(f"{kind:12} {median(seconds[kind]):8.3f} {ratio:8.2f} {peak(args, dtype, kind):8.0f}")
+
+
+if __name__ == "__main__":
+    main()
