@@ -29,6 +29,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def ends(path: Path, size: int = 1 << 20) -> list:
+    """(bytes, hash of the first and the last MB) of a file that may be too large to be read whole."""
+    with open(path, "rb") as file:
+        head, length = file.read(size), file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - size))
+        return [length, hashlib.sha256(head + file.read()).hexdigest()]
+
+
 def fingerprint(value) -> str:
     """A short hash of anything JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -78,7 +78,7 @@ class LoRA:
         r, alpha: rank and alpha. With `xgblora`, r is 1: another rank raises ValueError.
         float16: accepted for compatibility; the adapters are fp32 whatever the base.
         seed: A of a round is a function of (seed, round, module name), B starts at 0.
-        targets: last parts of the names of the layers; default q_proj and v_proj, else PEFT's for the model type.
+        targets: names of layers or last parts of them; default q_proj and v_proj, else PEFT's for the model type.
         freeze_a: only B is trained, A stays the draw of its round.
 
     `lora_modules` lists the layers; `boosters` the merged rounds, one dict {module name: Booster} each, without the
@@ -90,11 +90,9 @@ class LoRA:
             raise ValueError(f"XGBLoRA boosts with rank 1, not {r}")
         self.model, self.xgblora, self.seed, self.freeze_a = model, xgblora, seed, freeze_a
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        targets = tuple(targets or ("q_proj", "v_proj"))
-        found = [name for name in linear if name.rsplit(".", 1)[-1] in targets]
-        if not found:
-            targets = TARGETS.get(model.config.model_type, ())
-            found = [name for name in linear if name.rsplit(".", 1)[-1] in targets]
+        found = []
+        for wanted in (targets or ("q_proj", "v_proj"), TARGETS.get(model.config.model_type, ())):
+            found = found or [name for name in linear if any(f".{name}".endswith(f".{w}") for w in wanted)]
         if not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UsageError(f"no layer to adapt in this model; its Linear layers are {', '.join(exist)}")

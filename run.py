@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,6 +32,14 @@ from trainer import OurTrainer
 from utils import UsageError, cpu_has_bf16, encode_prompt, keep_pages, load_tokenizer, peak_memory_mb
 
 logger = logging.getLogger("run")
+
+
+class Rows(NamedTuple):
+    """Samples and what they are as token ids; `prior` is the calibration prompt of each, with --sfc."""
+
+    samples: list
+    examples: list[scoring.Example]
+    prior: list[scoring.Example] | None
 
 
 class Framework:
@@ -103,41 +112,44 @@ class Framework:
             made.append(scoring.Example(encodings, option_lens, sample.candidates.index(sample.correct_candidate)))
         return made
 
-    def scores(self, samples, demonstrations=(), progress: bool = True) -> list[list[float]]:
-        """Score of every candidate: mean log-probability of its tokens; with --sfc the calibrated sum."""
-        examples = self.examples(samples, demonstrations)
+    def rows(self, samples, demonstrations=()) -> Rows:
+        """What an evaluation on these samples needs, as token ids: bad prompts show before anything is trained."""
         prior = self.examples(samples, sfc=True) if self.args.sfc else None
-        score = functools.partial(scoring.score, self.model, progress=progress and not self.args.disable_tqdm)
-        sums = score(examples, plain=self.plain)
-        if prior:
-            same = {tuple(map(tuple, x.encodings)): x for x in prior}  # most tasks have one calibration prompt
-            values = dict(zip(same, score(list(same.values()), plain=self.plain), strict=True))
-            priors = [values[tuple(map(tuple, x.encodings))] for x in prior]
-            return [[s - p for s, p in zip(a, b, strict=True)] for a, b in zip(sums, priors, strict=True)]
-        return [[s / n for s, n in zip(a, x.option_lens, strict=True)] for a, x in zip(sums, examples, strict=True)]
+        return Rows(samples, self.examples(samples, demonstrations), prior)
 
-    def evaluate(self, samples, demonstrations=(), progress: bool = True) -> dict[str, float]:
-        """{metric: value, "loss": mean cross-entropy of the right candidate among its options} over samples."""
-        scores = self.scores(samples, demonstrations, progress)
-        golds = [sample.correct_candidate for sample in samples]
-        predictions = [s.candidates[row.index(max(row))] for s, row in zip(samples, scores, strict=True)]
-        right = torch.tensor([s.candidates.index(s.correct_candidate) for s in samples])
-        loss = torch.nn.functional.cross_entropy(torch.tensor(scores), right).item()
+    def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
+        """Score of every candidate: mean log-probability of its tokens; with --sfc the calibrated sum."""
+        score = functools.partial(scoring.score, self.model, plain=self.plain)
+        sums = score(rows.examples, progress=progress and not self.args.disable_tqdm)
+        if rows.prior is None:
+            lens = [x.option_lens for x in rows.examples]
+            return [[s / n for s, n in zip(a, b, strict=True)] for a, b in zip(sums, lens, strict=True)]
+        keys = [tuple(map(tuple, x.encodings)) for x in rows.prior]
+        distinct = dict(zip(keys, rows.prior, strict=True))  # most tasks have one calibration prompt for all rows
+        priors = dict(zip(distinct, score(list(distinct.values())), strict=True))
+        return [[s - p for s, p in zip(a, priors[key], strict=True)] for a, key in zip(sums, keys, strict=True)]
+
+    def evaluate(self, rows: Rows, progress: bool = True) -> dict[str, float]:
+        """{metric: value, "loss": mean cross-entropy of the right candidate among its options} over rows."""
+        scores = self.scores(rows, progress)
+        predictions = [s.candidates[row.index(max(row))] for s, row in zip(rows.samples, scores, strict=True)]
+        losses = [-torch.tensor(row).log_softmax(0)[x.label] for row, x in zip(scores, rows.examples, strict=True)]
         if self.args.verbose:
-            text = self.tokenizer.decode(self.examples(samples[:1], demonstrations[:1])[0].encodings[0])
-            logger.info("first prompt: %r; scores of %s: %s", text, samples[0].candidates, scores[0])
-        return {self.task.metric_name: accuracy(predictions, golds), "loss": loss}
+            text = self.tokenizer.decode(rows.examples[0].encodings[0])
+            logger.info("first prompt: %r; scores of %s: %s", text, rows.samples[0].candidates, scores[0])
+        golds = [sample.correct_candidate for sample in rows.samples]
+        return {self.task.metric_name: accuracy(predictions, golds), "loss": torch.stack(losses).mean().item()}
 
     # ---- training ----
 
-    def train(self, train_samples, dev_samples, output_dir: Path) -> None:
+    def train(self, train_samples, dev_rows: Rows, output_dir: Path) -> None:
         """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked)."""
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
         examples = self.examples(train_samples)
         if not args.train_as_classification:
             examples = [language_modelling(x, args.only_train_option) for x in examples]
-        settings = self.settings(train_samples, dev_samples)
+        settings = self.settings(train_samples, dev_rows.samples)
         if args.overwrite:
             checkpoint.clear(output_dir)
         found = checkpoint.newest(output_dir)
@@ -148,11 +160,11 @@ class Framework:
             model=model,
             args=args,
             train_dataset=examples,
-            eval_dataset=dev_samples or None,
+            eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
             data_collator=functools.partial(scoring.pack, plain=self.plain),
             loss_fn=functools.partial(scoring.loss, classification=args.train_as_classification),
-            evaluate_fn=lambda model: self.evaluate(dev_samples, progress=False),
+            evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
             settings=settings,
         )
         trainer.lora_module = self.lora_module
@@ -175,16 +187,17 @@ class Framework:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         kept |= {"data": self.task.fingerprint, "rows": checkpoint.fingerprint(rows)}
-        kept["model"] = checkpoint.fingerprint([self.config and self.config.to_dict(), self.model_size()])
+        config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
+        kept["model"] = checkpoint.fingerprint([config, self.weights_fingerprint()])
         return json.loads(json.dumps(kept, default=str))
 
-    def model_size(self) -> int | str:
-        """Bytes of the weight files where they are local, else the hub name: tells two models of one shape apart."""
+    def weights_fingerprint(self) -> list:
+        """Tells two models of one shape apart: the hub name, or of each local weight file its size and both ends."""
         path = Path(self.args.model_name)
         if not path.exists():
-            return self.args.model_name
+            return [self.args.model_name]
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
-        return checkpoint.fingerprint([checkpoint.sha256(file) for file in files])
+        return [checkpoint.ends(file) for file in files]
 
     def save_merged(self, directory: Path) -> None:
         """Write a plain model directory, adapters merged, that `from_pretrained` loads."""
@@ -255,28 +268,25 @@ def result_path(args: OurArguments, sets) -> Path:
 def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> dict:
     """One training set from a fresh model: {metric: value, "dev_…": value, forward passes, seconds, …}."""
     framework = Framework(args, task)
+    output_dir, trains = args.run_dir(train_set or 0), args.trainer != "none"
     eval_samples = task.sample_subset("validation", args.train_set_seed or 0, args.num_eval or sys.maxsize)
-    output_dir = args.run_dir(train_set or 0)
-    framework.examples(eval_samples[:1])
+    demonstrations = [] if trains else train_samples
+    if train_set is None and args.num_train:  # a demonstration set for every example
+        demonstrations = [task.sample_subset("train", i, args.num_train) for i in range(len(eval_samples))]
+    eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
+    dev_rows = framework.rows(dev_samples)
     measured, start = {"train_set": train_set}, time.perf_counter()
-    if args.trainer != "none":
+    if trains:
         with checkpoint.locked(output_dir):
-            framework.train(train_samples, dev_samples, output_dir)
+            framework.train(train_samples, dev_rows, output_dir)
         measured["forward_passes"] = framework.trainer.forward_passes
-        demonstrations = []
-    else:
-        shots = args.num_train or 0
-        per_example = train_set is None and shots
-        demonstrations = train_samples
-        if per_example:
-            demonstrations = [task.sample_subset("train", i, shots) for i in range(len(eval_samples))]
     measured["train_seconds"] = round(time.perf_counter() - start, 2)
     if args.save_merged:
         framework.save_merged(output_dir / "merged")
     if dev_samples:
-        measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_samples).items()}
-    if not args.no_eval:
-        measured |= framework.evaluate(eval_samples, demonstrations)
+        measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
+    if eval_rows:
+        measured |= framework.evaluate(eval_rows)
     measured["seconds"] = round(time.perf_counter() - start, 2)
     if framework.lora_module:
         measured["boosters"] = len(framework.lora_module.boosters)
