@@ -16,6 +16,7 @@ from utils import UsageError
 
 # (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
 # XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
+SCALING = 16  # alpha / rank that the entries with B alone belong to
 DEFAULTS = {
     ("zo", "ft", False, False): (1e-6, 1e-3),
     ("zo", "lora", False, False): (5e-5, 1e-2),
@@ -105,7 +106,7 @@ class OurArguments(TrainingArguments):
         self.check(trains, zo)
         if self.lora_r is None:
             self.lora_r = 1 if self.xgblora else 8
-        learning_rate, eps = DEFAULTS.get((self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a), (0.0, None))
+        learning_rate, eps = self.published(zo)
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
         if self.lr_scheduler_type is None:
@@ -122,6 +123,18 @@ class OurArguments(TrainingArguments):
         self.output_dir = self.output_dir or "result"
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
+
+    def published(self, zo: bool) -> tuple[float, float | None]:
+        """(learning rate, eps) of the table for these choices.
+
+        With B alone trained the model sees scaling · B A, so both follow exactly from their values at another scaling.
+        """
+        key = (self.trainer, self.mode, zo and self.zo_normalize, zo and self.lora_freeze_a)
+        learning_rate, eps = DEFAULTS.get(key, (0.0, None))
+        if key[-1]:
+            ratio = SCALING * self.lora_r / self.lora_alpha
+            learning_rate, eps = learning_rate * ratio ** (1 if self.zo_normalize else 2), eps * ratio
+        return learning_rate, eps
 
     def check(self, trains: bool, zo: bool) -> None:
         """Raise UsageError for choices that exclude each other or lie out of range."""

@@ -30,7 +30,10 @@ esac
 [ -z "$EPS" ] || MODE_ARGS+=(--zo_eps "$EPS")
 [ -z "$DATA_DIR" ] || MODE_ARGS+=(--data_dir "$DATA_DIR")
 # Half precision is the fast one on a GPU; on a CPU run.py says which is.
-! nvidia-smi > /dev/null 2>&1 || MODE_ARGS+=(--load_float16)
+case " $* " in
+    *" --load_"*) ;;
+    *) ! nvidia-smi > /dev/null 2>&1 || MODE_ARGS+=(--load_float16) ;;
+esac
 
 PYTHON=python
 [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python

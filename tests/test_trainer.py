@@ -95,6 +95,19 @@ def test_normalised_steps_have_the_length_of_the_rate(framework):
     assert torch.allclose(update.abs(), 0.25 * z.abs(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("normalize", ["", "--zo_normalize"])
+def test_defaults_with_b_alone_give_the_same_run_at_any_alpha(framework, normalize):
+    """B' = scaling · B: rate and ε follow from the scaling, so that the weights move alike."""
+    deltas = []
+    for alpha in (16, 2):
+        flags = (
+            f"--trainer zo --lora --lora_r 1 --lora_freeze_a {normalize} --max_steps 4 --lora_alpha {alpha} --overwrite"
+        )
+        modules = framework(flags).lora_module.lora_modules
+        deltas.append(torch.cat([(m.scaling * m.lora_B @ m.lora_A).flatten() for m in modules]).detach())
+    assert deltas[0].abs().max() > 0 and torch.allclose(*deltas, rtol=2e-2, atol=1e-3 * deltas[0].abs().max())
+
+
 @pytest.mark.parametrize("kind", ["zo", "regular"])
 def test_step_merges_come_before_the_evaluation_and_checkpoint_of_their_step(framework, kind, monkeypatch, caplog):
     events = []

@@ -1,0 +1,48 @@
+"""`mezo.sh` prints its settings and hands them to one `run.py` call."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import run
+
+ROOT = Path(run.__file__).parent
+
+
+def mezo(environment: dict, *words: str) -> subprocess.CompletedProcess:
+    settings = {**os.environ, **{k: str(v) for k, v in environment.items()}}
+    return subprocess.run(["bash", str(ROOT / "mezo.sh"), *words], env=settings, capture_output=True, text=True)
+
+
+def test_a_boosted_run_with_every_setting(model_dir, data_dir, tmp_path):
+    environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "TASK": "SST2", "MODE": "xgblora", "BS": 4, "LR": 1e-3}
+    environment |= {"EPS": 1e-2, "SEED": 3, "TRAIN": 16, "DEV": 8, "EVAL": 4, "STEPS": 8, "EVAL_STEPS": 4}
+    environment |= {"XGBLORA_STEPS": 3}
+    words = ["--result_file", str(tmp_path / "r.json"), "--output_dir", str(tmp_path / "out"), "--lora_freeze_a"]
+    done = mezo(environment, *words)
+    assert done.returncode == 0, done.stderr
+    for line in ("MODE: xgblora", "BS: 4", "LR: 0.001", "EPS: 0.01", "SEED: 3", "TRAIN/EVAL STEPS: 8/4"):
+        assert line in done.stdout.splitlines()
+    assert "XGBLORA_STEPS: 3" in done.stdout.splitlines()
+    result = json.loads((tmp_path / "r.json").read_text())
+    expected = {
+        "task_name": "SST2", "trainer": "zo", "xgblora": True, "xgblora_steps_per_iteration": 3, "seed": 3,
+        "train_set_seed": 3, "num_train": 16, "num_dev": 8, "num_eval": 4, "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3, "zo_eps": 1e-2, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 10,
+        "lora_freeze_a": True, "train_as_classification": True, "load_best_model_at_end": True,
+        "tag": "mezo-xgblora-8-4", "metric_for_best_model": "accuracy", "load_float16": False,
+    }  # fmt: skip
+    assert {name: result["args"][name] for name in expected} == expected
+    assert result["sets"][0]["boosters"] in (1, 2, 3)  # of the best checkpoint, at step 4 or 8
+
+
+def test_modes_take_their_own_learning_rate_and_eps(model_dir, data_dir, tmp_path):
+    for mode, values in (("ft", (1e-6, 1e-3)), ("lora", (5e-5, 1e-2))):
+        environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "MODE": mode, "TRAIN": 8, "DEV": 4, "STEPS": 1}
+        result = tmp_path / f"{mode}.json"
+        words = ["--result_file", str(result), "--output_dir", str(tmp_path / mode), "--eval_steps", "1"]
+        done = mezo(environment, *words, "--save_steps", "1")
+        assert done.returncode == 0, done.stderr
+        args = json.loads(result.read_text())["args"]
+        assert (args["learning_rate"], args["zo_eps"]) == values
