@@ -167,8 +167,8 @@ class LoRA:
     def _append(self, booster: dict[str, Booster]) -> None:
         """Put a booster at the end of the chain and into its fp32 sum."""
         self.boosters.append(booster)
-        for name, (module, b) in ((name, (self.modules[name], b)) for name, b in booster.items()):
-            self.sum[name].add_(module.oriented((b.B * b.scaling) @ b.A))
+        for name, b in booster.items():
+            self.sum[name].add_(self.modules[name].oriented((b.B * b.scaling) @ b.A))
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict without adapters, the live one added to the weights (rounded once)."""
