@@ -170,8 +170,9 @@ class OurTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+            best = output_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # the best step of all may be one without a checkpoint
+                self.state.best_model_checkpoint = str(best)
             written = self._staging / name
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             (written / checkpoint.SETTINGS).write_text(json.dumps(self.settings, indent=1))

@@ -191,25 +191,27 @@ def test_another_model_or_other_data_in_the_same_directory_is_refused(go, capsys
     assert "data " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_best_checkpoint_comes_back(go, monkeypatch):
-    """Of evaluations that say 0.1, 0.9, 0.2, … the second is the best: the model of step 4, its live booster merged."""
-    flags = f"{BOOST} --max_steps 8 --num_dev 4 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --no_eval"
-    values = iter([0.1, 0.9, 0.2, 0.3])
-    evaluate = run.Framework.evaluate
-    monkeypatch.setattr(
-        run.Framework,
-        "evaluate",
-        lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(values, 0.5)},
+@pytest.mark.parametrize(
+    "eval_steps, values", [(2, (0.1, 0.9, 0.2, 0.3)), (1, (0.1, 0.2, 0.3, 0.8, 0.9, 0.7, 0.1, 0.1))]
+)
+def test_the_best_checkpoint_comes_back(go, monkeypatch, eval_steps, values):
+    """The model of step 4 is the best that has a checkpoint; its live booster is merged."""
+    flags = (
+        f"{BOOST} --max_steps 8 --num_dev 4 --eval_strategy steps --eval_steps {eval_steps} --load_best_model_at_end"
     )
-    go(f"{flags} --xgblora_steps_per_iteration 3")
+    flags += " --no_eval --xgblora_steps_per_iteration 3"
+    left, evaluate = iter(values), run.Framework.evaluate
+    monkeypatch.setattr(
+        run.Framework, "evaluate", lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(left, 0.5)}
+    )
+    go(flags)
     best = adapter_bytes()
-    model = tiny_model("llama")
-    lora = LoRA(model, 1, 16, xgblora=True, seed=42)
+    lora = LoRA(tiny_model("llama"), 1, 16, xgblora=True, seed=42)
     lora.load("out/checkpoint-4")
     lora.merge_and_reinit()
     lora.save_pretrained("expected")
     assert adapter_bytes("expected") == best
-    again = go(f"{flags} --xgblora_steps_per_iteration 3")  # finished: the best one again
+    again = go(flags)  # finished: the best one again
     assert adapter_bytes() == best and again["sets"][0]["boosters"] == 2
 
 
