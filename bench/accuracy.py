@@ -72,12 +72,12 @@ def merge_grid() -> dict[str, str]:
 
 def table_grid() -> dict[str, str]:
     return {
-        "MeZO-LoRA r 8, published rate": f"{LORA} {settings()}",
-        "MeZO-LoRA r 8, η 7e-4": f"{LORA} {settings(7e-4)}",
-        "MeZO-XGBLoRA, A and B": f"{BOTH} {settings(rounds=100)}",
         "MeZO-XGBLoRA, B normalised": f"{BEST} {settings(rounds=25)}",
+        "MeZO-LoRA r 8, published rate": f"{LORA} {settings()}",
         "first-order LoRA r 8": f"--trainer regular --lora {REGULAR}",
         "first-order XGBLoRA": f"--trainer regular --xgblora --xgblora_steps_per_iteration 100 {REGULAR}",
+        "MeZO-XGBLoRA, A and B": f"{BOTH} {settings(rounds=100)}",
+        "MeZO-LoRA r 8, η 7e-4": f"{LORA} {settings(7e-4)}",
     }
 
 
