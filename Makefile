@@ -14,7 +14,7 @@ starter: .venv/installed
 test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 format: .venv/test-installed
 	$(BIN)/ruff check --fix .
