@@ -1,8 +1,9 @@
 """`make demo`: a real model learns to judge film reviews, with forward passes only, while you watch.
 
 SmolLM2-135M on the Reviews of the starter: zero-shot, MeZO-LoRA as published (rank 8, alpha 16) and MeZO-XGBLoRA
-(rank-1 boosters, B only, normalised steps). Five steps are timed first, and both trainings get as many steps as fit
-into six minutes together. Results go to result/demo/*.json, the curves to result/demo/curve.png.
+(rank-1 boosters, B only, normalised steps). Five steps are timed first, so that both trainings fit into six minutes
+together: a third for MeZO-LoRA, whose curve is flat at this scale, the rest for boosting (at equal forward passes the
+two stand in bench/RESULTS.md). Results go to result/demo/*.json, the curves to result/demo/curve.png.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from zo import ZerothOrder  # noqa: E402
 
 OUT = ROOT / "result" / "demo"
 BATCH, TRAIN, DEV, SHOWN = 8, 1000, 100, 5
+EVALUATIONS = 6  # on the dev rows, of each training
+SHARES = {"zero-shot": 0, "MeZO-LoRA": 1 / 3, "MeZO-XGBLoRA": 2 / 3}  # of the time
 METHODS = {
     "zero-shot": "--trainer none",
     "MeZO-LoRA": "--trainer zo --lora",
@@ -40,8 +43,8 @@ def framework(flags: str, seed: int) -> run.Framework:
     return run.Framework(run.parse(f"{common} {flags}".split()), run.get_task("Reviews", starter))
 
 
-def fit_steps(minutes: float, seed: int) -> tuple[int, float]:
-    """(steps of one training, seconds of a step): five steps timed after one to warm up, two trainings to fit."""
+def time_step(seed: int) -> float:
+    """Seconds of a step: the median of five, after one to warm up."""
     made = framework(METHODS["MeZO-XGBLoRA"], seed)
     examples = made.examples(made.task.sample_subset("train", seed, 6 * BATCH))
     engine, seconds = ZerothOrder(made.model, lr=0.0, eps=1e-2), []
@@ -49,9 +52,14 @@ def fit_steps(minutes: float, seed: int) -> tuple[int, float]:
         batch, start = scoring.pack(examples[BATCH * i : BATCH * i + BATCH]), time.perf_counter()
         engine.step(lambda batch=batch: scoring.loss(made.model, batch, True))
         seconds.append(time.perf_counter() - start)
-    step = median(seconds[1:])
-    evaluations = 8 * 2 * DEV / BATCH * step / 2  # two trainings look at the dev rows eight times each
-    return max(50, int((60 * minutes - evaluations) / 2 / step) // 50 * 50), step
+    return median(seconds[1:])
+
+
+def fit_steps(seconds: float, step: float) -> int:
+    """Steps that fit into so many seconds, a multiple of 25. In a run of minutes a step takes up to 1.3 × what five
+    alone take; a step is two passes over BATCH rows, an evaluation one over DEV rows."""
+    evaluations = EVALUATIONS * DEV / BATCH / 2
+    return max(50, int(seconds / (1.3 * step) - evaluations) // 25 * 25)
 
 
 def run_method(name: str, flags: str, steps: int, seed: int) -> None:
@@ -62,7 +70,9 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     flags += f" --max_steps {steps} --logging_steps 5 --save_steps {steps} --save_total_limit 1 --save_model"
     trains = "--trainer zo" in flags
     if trains:
-        flags += f" --num_train {TRAIN} --num_dev {DEV} --eval_strategy steps --eval_steps {max(1, steps // 8)}"
+        flags += (
+            f" --num_train {TRAIN} --num_dev {DEV} --eval_strategy steps --eval_steps {max(1, steps // EVALUATIONS)}"
+        )
     made, start = framework(flags, seed), time.perf_counter()
     measured = {"train_set": seed, "forward_passes": 0, "log": []}
     if trains:
@@ -145,14 +155,20 @@ def main() -> int:
     utils.keep_pages()
     fast = utils.cpu_has_bf16()
     print(f"weights in {'bfloat16, which this CPU has' if fast else 'float32: this CPU has no bfloat16'} in hardware")
-    steps = args.steps
-    if not steps:
-        steps, seconds = fit_steps(args.minutes, args.seed)
-        print(f"a step takes {seconds:.2f} s here: {steps} steps of {BATCH} rows each, {2 * steps} forward passes")
+    steps = {name: args.steps for name in METHODS}
+    if not args.steps:
+        step = time_step(args.seed)
+        steps = {name: fit_steps(60 * args.minutes * share, step) for name, share in SHARES.items()}
+        trained = ", ".join(f"{steps[name]} for {name}" for name in list(METHODS)[1:])
+        print(
+            f"a step of {BATCH} rows takes {step:.2f} s here; steps that fit into {args.minutes:g} minutes: {trained}"
+        )
     results = {}
     for name, flags in METHODS.items():
         print(f"\n== {name}: run.py {flags}", flush=True)
-        process = multiprocessing.get_context("spawn").Process(target=run_method, args=(name, flags, steps, args.seed))
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_method, args=(name, flags, steps[name], args.seed)
+        )
         process.start()
         process.join()
         if process.exitcode:
