@@ -5,6 +5,7 @@
 
 import ctypes
 import logging
+import re
 import resource
 from pathlib import Path
 
@@ -126,7 +127,13 @@ def cpu_has_bf16() -> bool:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process in MB: allocated on the GPU where there is one, else resident."""
+    """Peak memory of this process in MB: allocated on the GPU where there is one, else resident.
+
+    Read from /proc where there is one: `ru_maxrss` of a new process starts at what its parent had.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

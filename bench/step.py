@@ -10,7 +10,6 @@ weights. `opt-125m` stands for a random model of that geometry, to be used with 
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -128,7 +127,7 @@ def main() -> None:
     if args.model_name == "opt-125m":
         args.model_name = str(random_opt_125m(args.tokenizer, ROOT / "result" / "opt-125m"))
     if args.peak:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = utils.peak_memory_mb()
     for dtype in args.dtypes:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else KINDS)}
         framework = next(iter(sides.values()))[0]
@@ -137,7 +136,7 @@ def main() -> None:
         if args.peak:
             for group in groups[:3]:
                 sides[args.peak][1](scoring.pack(group), group)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+            print(utils.peak_memory_mb() - before)
             return
         seconds = {kind: [] for kind in KINDS}
         for i, group in enumerate(groups):
