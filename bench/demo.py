@@ -2,7 +2,7 @@
 
 SmolLM2-135M on the Reviews of the starter: zero-shot, MeZO-LoRA as published (rank 8, alpha 16) and MeZO-XGBLoRA
 (rank-1 boosters, B only, normalised steps). Five steps are timed first, so that both trainings fit into six minutes
-together: a third for MeZO-LoRA, whose curve is flat at this scale, the rest for boosting (at equal forward passes the
+together: a quarter for MeZO-LoRA, whose curve is flat at this scale, the rest for boosting (at equal forward passes the
 two stand in bench/RESULTS.md). Results go to result/demo/*.json, the curves to result/demo/curve.png.
 """
 
@@ -28,7 +28,7 @@ from zo import ZerothOrder  # noqa: E402
 OUT = ROOT / "result" / "demo"
 BATCH, TRAIN, DEV, SHOWN = 8, 1000, 100, 5
 EVALUATIONS = 6  # on the dev rows, of each training
-SHARES = {"zero-shot": 0, "MeZO-LoRA": 1 / 3, "MeZO-XGBLoRA": 2 / 3}  # of the time
+SHARES = {"zero-shot": 0, "MeZO-LoRA": 1 / 4, "MeZO-XGBLoRA": 3 / 4}  # of the time
 METHODS = {
     "zero-shot": "--trainer none",
     "MeZO-LoRA": "--trainer zo --lora",
