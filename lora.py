@@ -32,7 +32,6 @@ TARGETS = {
     "phi3": ("qkv_proj",),
 }
 PREFIX = "base_model.model."  # of PEFT's names in adapter_model.safetensors
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import checkpoint
 import scoring
 import starter
 from arguments import INCIDENTAL, OurArguments, parse
-from lora import DTYPES, LoRA, adapter_config
+from lora import LoRA, adapter_config
 from metrics import accuracy
 from tasks import get_task
 from trainer import OurTrainer
@@ -313,7 +313,7 @@ def write_result(path: Path, args: OurArguments, sets: list[dict]) -> dict:
 def announce(args: OurArguments) -> None:
     """The settings that matter, as they took effect, and the fast dtype of this machine."""
     logger.info("task %s, model %s in %s, mode %s, trainer %s, seed %d", args.task_name, args.model_name,
-                DTYPES[args.dtype], args.mode, args.trainer, args.seed)  # fmt: skip
+                str(args.dtype).removeprefix("torch."), args.mode, args.trainer, args.seed)  # fmt: skip
     if args.trainer != "none":
         logger.info("learning rate %g (%s), eps %s, batch %d", args.learning_rate, args.lr_scheduler_type.value,
                     args.zo_eps, args.per_device_train_batch_size)  # fmt: skip

@@ -2,7 +2,8 @@
 
     python bench/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2     # methods, on the validation rows
     python bench/accuracy.py demo --seeds 0 1 2                                 # the demo's settings, and its control
-    python bench/accuracy.py search --task SST2 --data_dir DIR                  # rates and ε, on 500 dev rows
+    python bench/accuracy.py search                                             # rates and ε, on 500 dev rows
+    python bench/accuracy.py merges --task SST2 --data_dir DIR                  # with merges and without, likewise
 
 One process a core with one thread each, weights in bfloat16 where the CPU has it. A run whose result file exists is not
 repeated, so a grid that was killed goes on. The control is the same run on training rows whose labels are shuffled.

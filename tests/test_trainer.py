@@ -169,7 +169,7 @@ def test_the_regular_trainer_learns_and_keeps_the_base(framework, model_dir):
     assert all(torch.equal(v, old[k]) for k, v in made.model.state_dict().items() if "lora_" not in k)
 
 
-def test_gradient_accumulation_equals_the_big_batch(framework, model_dir, tmp_path):
+def test_gradient_accumulation_equals_the_big_batch(framework):
     big = framework("--trainer zo --lora --max_steps 3 --learning_rate 1e-2 --per_device_train_batch_size 8")
     small = framework(
         "--trainer zo --lora --max_steps 3 --learning_rate 1e-2 --per_device_train_batch_size 2 "
