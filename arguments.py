@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from tasks import TASKS, Own
 from utils import UsageError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ DEFAULTS = {
 }
 # Flags that a rerun may change without becoming another run: where and how often something is written or shown.
 INCIDENTAL = {
-    "output_dir", "result_file", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model", "save_merged",
+    "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
+    "save_merged",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
     "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
@@ -55,8 +57,10 @@ def flag(default, group: str, help: str, **kwargs):
 class OurArguments(TrainingArguments):
     """Every choice of a run; defaults that depend on others are resolved in `__post_init__` and printed."""
 
-    task_name: str = flag("SST2", "data", "task: SST2, or one of the starter's Reviews, Products, Tweets, Editorials")
-    data_dir: str | None = flag(None, "data", "read DIR/<task>/{train,validation}.jsonl instead of the hub")
+    task_name: str = flag("SST2", "data", "one of " + ", ".join(TASKS) + "; or own: see the flags of own data")
+    data_dir: str | None = flag(
+        None, "data", "read DIR/<task>/{train,validation}.jsonl (own: DIR/{train,validation}.jsonl) instead of the hub"
+    )
     num_train: int | None = flag(
         None, "data", "training rows, or demonstrations with --trainer none (default: all, or 0)"
     )
@@ -66,15 +70,38 @@ class OurArguments(TrainingArguments):
     train_set_seed: int | None = flag(None, "data", "draw the training set with this seed instead of --seed")
     result_file: str | None = flag(None, "data", "where the result goes (default: result/<task>-<model>-….json)")
     tag: str = flag("", "data", "a word for the names of result file and output directory")
+    predictions: str | None = flag(None, "data", "write one JSON line per evaluated example to this file")
+    metric: str | None = flag(
+        None,
+        "data",
+        "choose the best checkpoint by accuracy, macro_f1 or loss; by f1 or em of generated answers; by loss or "
+        "perplexity of texts (default: the first of these)",
+    )
     verbose: bool = flag(False, "data", "print the first prompt as the model sees it, with the scores of its options")
     no_eval: bool = flag(False, "data", "no evaluation on the validation rows at the end")
+
+    template: str | None = flag(None, "own data", "the prompt, with {column} for a cell: '{review} It was'")
+    label_words: str | None = flag(None, "own data", 'JSON: \'{"neg": "terrible", "pos": "great"}\'')
+    label_column: str | None = flag(None, "own data", "the column that holds the label")
+    candidates_column: str | None = flag(None, "own data", "multiple choice: the column with the list of candidates")
+    answer_index_column: str | None = flag(None, "own data", "multiple choice: the column with the index of the answer")
+    answer_column: str | None = flag(None, "own data", "generation: the column with the answer or a list of them")
 
     model_name: str = flag("facebook/opt-125m", "model", "hub name, model directory or .gguf file")
     load_float16: bool = flag(False, "model", "load the weights in float16 (default: float32)")
     load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
     max_length: int = flag(2048, "model", "longest prompt in tokens; longer ones are cut on the left")
     sfc: bool = flag(False, "model", "calibrated scores: minus the score of the option without the input")
+    icl_sfc: bool = flag(False, "model", "as --sfc, but the demonstrations stay in front of the missing input")
     adapter: str | None = flag(None, "model", "evaluate, or go on from, this LoRA adapter (ours or PEFT's)")
+
+    max_new_tokens: int = flag(50, "generation", "longest answer in tokens; prompts leave room for it in --max_length")
+    eos_token: str = flag("\n", "generation", "an answer ends at this text (default: a newline)")
+    sampling: bool = flag(False, "generation", "sample the answers (by --seed) instead of taking the likeliest token")
+    temperature: float = flag(1.0, "generation", "with --sampling: logits are divided by it")
+    top_k: int | None = flag(None, "generation", "with --sampling: only the k likeliest tokens")
+    top_p: float = flag(0.95, "generation", "with --sampling: only the likeliest tokens that hold this probability")
+    num_beams: int = flag(1, "generation", "beam search with this many beams")
 
     trainer: str = flag("none", "training", "none, regular (back-propagation) or zo", choices=["none", "regular", "zo"])
     only_train_option: bool = flag(True, "training", "the loss reads the option's tokens only, not the prompt's")
@@ -117,8 +144,8 @@ class OurArguments(TrainingArguments):
             self.lr_scheduler_type = "constant" if zo and not self.zo_normalize else "linear"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if zo else 1.0
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "accuracy"
+        self.best_by_task = self.load_best_model_at_end and self.metric_for_best_model is None
+        self.eos_token = self.eos_token.replace("\\n", "\n")
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.remove_unused_columns = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -147,6 +174,7 @@ class OurArguments(TrainingArguments):
         """Raise UsageError for choices that exclude each other or lie out of range."""
         conflicts = {
             ("--xgblora", "--prefix_tuning"): self.xgblora and self.prefix_tuning,
+            ("--sfc", "--icl_sfc"): self.sfc and self.icl_sfc,
             ("--load_float16", "--load_bfloat16"): self.load_float16 and self.load_bfloat16,
             ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and self.fp16,
             ("--trainer zo", "--deepspeed"): zo and self.deepspeed,
@@ -158,7 +186,7 @@ class OurArguments(TrainingArguments):
             ("--train_as_classification", "--only_train_option False"): trains
             and self.train_as_classification
             and not self.only_train_option,
-            ("--num_dev", "--trainer none"): self.num_dev is not None and not trains,
+            ("--num_dev", "--trainer none"): self.num_dev and not trains,
             ("--eval_strategy", "no --num_dev"): trains and self.eval_strategy != "no" and not self.num_dev,
         }
         for names, clash in conflicts.items():
@@ -168,6 +196,9 @@ class OurArguments(TrainingArguments):
         needs = {
             "--zo_normalize needs --trainer zo and --lora or --xgblora": self.zo_normalize and not (zo and adapters),
             "--lora_freeze_a needs --trainer zo and --lora or --xgblora": self.lora_freeze_a and not (zo and adapters),
+            "--template and the other flags of own data need --task_name own": self.own != Own()
+            and self.task_name != "own",
+            "--predictions and --no_eval: no example is evaluated": self.predictions and self.no_eval,
             "--prefix_tuning is not available yet": self.prefix_tuning,
             "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
             "--resume_from_checkpoint is not needed: the same command goes on by itself": self.resume_from_checkpoint,
@@ -181,16 +212,37 @@ class OurArguments(TrainingArguments):
             if broken:
                 raise UsageError(message)
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
+        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}, but must be at least {least}")
-        for name in ("zo_eps", "lora_alpha"):
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top_p is {self.top_p}, but must be above 0 and at most 1")
+        for name in ("zo_eps", "lora_alpha", "temperature"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name} is {value}, but must be a positive number")
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise UsageError(f"--learning_rate is {self.learning_rate}, but must be a number, 0 or more")
+
+    def choose_best_by(self, metric: str) -> None:
+        """Take the task's metric to choose the best checkpoint by, where no flag says otherwise."""
+        if self.best_by_task:
+            self.metric_for_best_model, self.greater_is_better = metric, metric not in ("loss", "perplexity")
+
+    @property
+    def own(self) -> Own:
+        """What the flags of own data say."""
+        return Own(**{f.name: getattr(self, f.name) for f in fields(Own)})
+
+    @property
+    def generating(self) -> dict:
+        """What `model.generate` takes of these flags."""
+        chosen = {"do_sample": self.sampling, "num_beams": self.num_beams}
+        if self.sampling:  # greedy search would warn of flags that it doesn't use
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or 0}
+        return chosen
 
     @property
     def dtype(self) -> torch.dtype:

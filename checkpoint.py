@@ -42,6 +42,15 @@ def fingerprint(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def weights(model_name: str) -> list:
+    """Tells two models of one shape apart: the hub name, or of each local weight file its size and both ends."""
+    path = Path(model_name)
+    if not path.exists():
+        return [model_name]
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    return [ends(file) for file in files]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file beside its place, flush it and rename it: readers see the old one or the new one."""
     path = Path(path)

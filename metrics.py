@@ -1,6 +1,10 @@
-"""Numbers for people: accuracy, and what a shift of label bias alone could reach."""
+"""Numbers for people: accuracy, exact match and F1, and what a shift of label bias alone could reach."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 
 def accuracy(predictions: Sequence, golds: Sequence) -> float:
@@ -10,6 +14,34 @@ def accuracy(predictions: Sequence, golds: Sequence) -> float:
         for prediction, gold in zip(predictions, golds, strict=True)
     )
     return sum(hits) / len(golds)
+
+
+def macro_f1(predictions: Sequence, golds: Sequence) -> float:
+    """Mean over the classes that occur of 2·hits / (predicted + gold)."""
+    predicted, gold = Counter(predictions), Counter(golds)
+    hits = Counter(p for p, g in zip(predictions, golds, strict=True) if p == g)
+    return fmean(2 * hits[c] / (predicted[c] + gold[c]) for c in predicted | gold)
+
+
+def words(answer: str) -> list[str]:
+    """The words of an answer that count: lower case, without punctuation and articles (SQuAD, arXiv 1606.05250)."""
+    bare = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+    """1 where the words of the prediction are those of any reference answer, in order."""
+    return float(any(words(prediction) == words(gold) for gold in golds))
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """The best F1 of the prediction's bag of words with that of a reference answer; 1 where both are empty."""
+    return max(bag_f1(Counter(words(prediction)), Counter(words(gold))) for gold in golds)
+
+
+def bag_f1(a: Counter, b: Counter) -> float:
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else 1.0
 
 
 def best_threshold_accuracy(margins: Sequence[float], golds: Sequence[int]) -> float:

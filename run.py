@@ -9,9 +9,9 @@ rows, result file). The flags stand in arguments.py, what a step is in trainer.p
 
 import copy
 import functools
-import importlib.metadata
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,20 +22,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoint
+import generation
+import metrics
+import results
 import scoring
 import starter
 from arguments import INCIDENTAL, OurArguments, parse
 from lora import LoRA, adapter_config
-from metrics import accuracy
-from tasks import get_task
+from tasks import GENERATION, OPTIONS, TEXT, get_task
 from trainer import OurTrainer
-from utils import UsageError, cpu_has_bf16, encode_prompt, keep_pages, load_tokenizer, peak_memory_mb
+from utils import UsageError, cpu_has_bf16, keep_pages, load_tokenizer, prompt_tokens, text_tokens
 
 logger = logging.getLogger("run")
 
 
 class Rows(NamedTuple):
-    """Samples and what they are as token ids; `prior` is the calibration prompt of each, with --sfc."""
+    """Samples and what they are as token ids; `prior` is the calibration prompt of each, or None."""
 
     samples: list
     examples: list[scoring.Example]
@@ -48,6 +50,13 @@ class Framework:
 
     def __init__(self, args: OurArguments, task):
         self.args, self.task, self.template = args, task, task.get_template()
+        args.choose_best_by(task.metric_name)
+        if task.kind != OPTIONS:
+            for flag in ("train_as_classification", "sfc", "icl_sfc"):
+                if getattr(args, flag):
+                    raise UsageError(f"--{flag} is for tasks with candidates, but {task.name} has none")
+        if task.kind == TEXT and args.trainer == "none" and args.num_train:
+            raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
         self.lora_module: LoRA | None = None
         self.trainer: OurTrainer | None = None
         if args.adapter:
@@ -100,27 +109,50 @@ class Framework:
 
     # ---- prompts and scores ----
 
-    def examples(self, samples, demonstrations=(), sfc: bool = False) -> list[scoring.Example]:
-        """Samples as token ids; `demonstrations` is one list for all samples, or a list of lists, one a sample."""
+    def examples(self, samples, demonstrations=(), sfc=False, icl_sfc=False, gold=True) -> list[scoring.Example]:
+        """Samples as token ids; `demonstrations` is one list for all samples, or a list of lists, one a sample.
+
+        Where answers are generated, `gold` puts the right one behind the prompt.
+        """
         each = demonstrations if demonstrations and isinstance(demonstrations[0], list) else None
-        made = []
+        new = self.args.max_new_tokens if self.task.generation else None
+        made, cuts = [], 0
         for i, sample in enumerate(samples):
-            shots = each[i] if each else demonstrations
-            encodings, option_lens = encode_prompt(
-                self.task, self.template, shots, sample, self.tokenizer, self.max_length, sfc=sfc
-            )
-            made.append(scoring.Example(encodings, option_lens, sample.candidates.index(sample.correct_candidate)))
+            if self.task.kind == TEXT:
+                where = f"task {self.task.name}, example {sample.id}"
+                ids, learned, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
+                made.append(scoring.Example([ids], [len(learned)], targets=[learned]))
+            else:
+                shots = each[i] if each else demonstrations
+                encodings, option_lens, cut = prompt_tokens(
+                    self.task, self.template, shots, sample, self.tokenizer, self.max_length, sfc, icl_sfc,
+                    self.task.generation, self.task.generation and gold, new,
+                )  # fmt: skip
+                made.append(scoring.Example(encodings, option_lens, self.label(sample)))
+            cuts += cut > 0
+        if cuts:
+            logger.info("%d of %d prompts are longer than %d tokens: cut on the left", cuts, len(made), self.max_length)
         return made
+
+    def label(self, sample) -> int:
+        """Index of the right candidate, the first of them where several are right."""
+        if self.task.kind != OPTIONS:
+            return 0
+        right = sample.correct_candidate
+        right = right if isinstance(right, list) else [right]
+        return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
 
     def rows(self, samples, demonstrations=()) -> Rows:
         """What an evaluation on these samples needs, as token ids: bad prompts show before anything is trained."""
-        prior = self.examples(samples, sfc=True) if self.args.sfc else None
-        return Rows(samples, self.examples(samples, demonstrations), prior)
+        args, prior = self.args, None
+        if args.sfc or args.icl_sfc:
+            prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
+        return Rows(samples, self.examples(samples, demonstrations, gold=False), prior)
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
-        """Score of every candidate: mean log-probability of its tokens; with --sfc the calibrated sum."""
+        """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum."""
         score = functools.partial(scoring.score, self.model, plain=self.plain)
-        sums = score(rows.examples, progress=progress and not self.args.disable_tqdm)
+        sums = score(rows.examples, progress=progress)
         if rows.prior is None:
             lens = [x.option_lens for x in rows.examples]
             return [[s / n for s, n in zip(a, b, strict=True)] for a, b in zip(sums, lens, strict=True)]
@@ -129,16 +161,48 @@ class Framework:
         priors = dict(zip(distinct, score(list(distinct.values())), strict=True))
         return [[s - p for s, p in zip(a, priors[key], strict=True)] for a, key in zip(sums, keys, strict=True)]
 
-    def evaluate(self, rows: Rows, progress: bool = True) -> dict[str, float]:
-        """{metric: value, "loss": mean cross-entropy of the right candidate among its options} over rows."""
-        scores = self.scores(rows, progress)
-        predictions = [s.candidates[row.index(max(row))] for s, row in zip(rows.samples, scores, strict=True)]
-        losses = [-torch.tensor(row).log_softmax(0)[x.label] for row, x in zip(scores, rows.examples, strict=True)]
-        if self.args.verbose:
-            text = self.tokenizer.decode(rows.examples[0].encodings[0])
-            logger.info("first prompt: %r; scores of %s: %s", text, rows.samples[0].candidates, scores[0])
+    def predict(self, rows: Rows, progress: bool = True) -> list[dict]:
+        """One dict per example: `id`, and `scores`, `prediction`, `gold`, `loss` of options (the cross-entropy of the
+        right one), `prediction` and `gold` of generated answers, `logprob` and `tokens` of texts."""
+        args, progress = self.args, progress and not self.args.disable_tqdm
         golds = [sample.correct_candidate for sample in rows.samples]
-        return {self.task.metric_name: accuracy(predictions, golds), "loss": torch.stack(losses).mean().item()}
+        if self.task.kind == GENERATION:
+            prompts = [x.encodings[0] for x in rows.examples]
+            answers = generation.generate(
+                self.model, self.tokenizer, prompts, args.eos_token, args.max_new_tokens, cached=not self.plain,
+                seed=args.seed, progress=progress, **args.generating,
+            )  # fmt: skip
+            found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
+        else:
+            found = []
+            for sample, x, row in zip(rows.samples, rows.examples, self.scores(rows, progress), strict=True):
+                if self.task.kind == TEXT:
+                    found.append({"logprob": row[0] * x.option_lens[0], "tokens": x.option_lens[0]})
+                    continue
+                best, loss = row.index(max(row)), -torch.tensor(row).log_softmax(0)[x.label].item()
+                found.append({"candidates": sample.candidates, "scores": row, "prediction": sample.candidates[best]})
+                found[-1] |= {"gold": sample.correct_candidate, "loss": loss}
+        if args.verbose:
+            text = self.tokenizer.decode(rows.examples[0].encodings[0])
+            logger.info("first prompt, as the model sees it: %r; %s", text, found[0])
+        return [{"id": sample.id, **one} for sample, one in zip(rows.samples, found, strict=True)]
+
+    def metrics(self, found: list[dict]) -> dict[str, float]:
+        """The numbers of what was predicted: accuracy (fraction) and mean loss; f1 and em; loss and perplexity."""
+        if self.task.kind == TEXT:
+            loss = -sum(one["logprob"] for one in found) / sum(one["tokens"] for one in found)
+            return {"loss": loss, "perplexity": math.exp(loss)}
+        predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
+        if self.task.kind == GENERATION:
+            pairs = list(zip(predictions, golds, strict=True))
+            return {"f1": fmean(metrics.f1(*p) for p in pairs), "em": fmean(metrics.exact_match(*p) for p in pairs)}
+        measured = {"accuracy": metrics.accuracy(predictions, golds)}
+        if self.task.metric_name == "macro_f1":
+            measured["macro_f1"] = metrics.macro_f1(predictions, golds)
+        return {**measured, "loss": fmean(one["loss"] for one in found)}
+
+    def evaluate(self, rows: Rows, progress: bool = True) -> dict[str, float]:
+        return self.metrics(self.predict(rows, progress))
 
     # ---- training ----
 
@@ -188,16 +252,8 @@ class Framework:
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         kept |= {"data": self.task.fingerprint, "rows": checkpoint.fingerprint(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
-        kept["model"] = checkpoint.fingerprint([config, self.weights_fingerprint()])
+        kept["model"] = checkpoint.fingerprint([config, checkpoint.weights(self.args.model_name)])
         return json.loads(json.dumps(kept, default=str))
-
-    def weights_fingerprint(self) -> list:
-        """Tells two models of one shape apart: the hub name, or of each local weight file its size and both ends."""
-        path = Path(self.args.model_name)
-        if not path.exists():
-            return [self.args.model_name]
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
-        return [checkpoint.ends(file) for file in files]
 
     def save_merged(self, directory: Path) -> None:
         """Write a plain model directory, adapters merged, that `from_pretrained` loads."""
@@ -253,18 +309,6 @@ def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
     return sets
 
 
-def result_path(args: OurArguments, sets) -> Path:
-    if args.result_file:
-        return Path(args.result_file)
-    parts = [args.task_name, args.model_label, "sfc" if args.sfc else ""]
-    for word, value in (("sampleeval", args.num_eval), ("ntrain", args.num_train), ("ndev", args.num_dev)):
-        parts.append(f"{word}{value}" if value is not None else "")
-    parts.append(args.tag)
-    seed = sets[0][0]
-    parts.append("onetrainpereval" if seed is None else f"trainset{seed}")
-    return Path("result") / ("-".join(filter(None, parts)) + ".json")
-
-
 def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> dict:
     """One training set from a fresh model: {metric: value, "dev_…": value, forward passes, seconds, …}."""
     framework = Framework(args, task)
@@ -286,28 +330,17 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     if dev_samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
-        measured |= framework.evaluate(eval_rows)
+        found = framework.predict(eval_rows)
+        measured |= framework.metrics(found)
+        if args.predictions:
+            path = Path(args.predictions)
+            lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+            several = (args.num_train_sets or 1) > 1
+            checkpoint.write_atomically(results.set_path(path, train_set) if several else path, lines)
     measured["seconds"] = round(time.perf_counter() - start, 2)
     if framework.lora_module:
         measured["boosters"] = len(framework.lora_module.boosters)
     return measured
-
-
-def write_result(path: Path, args: OurArguments, sets: list[dict]) -> dict:
-    """Means over the sets on top, the sets, all arguments as they took effect, versions and costs below."""
-    means = [k for k in sets[0] if k.removeprefix("dev_") in ("accuracy", "f1", "em", "loss")]
-    result = {name: fmean(s[name] for s in sets) for name in means}
-    result |= {name: sum(s.get(name, 0) for s in sets) for name in ("forward_passes", "seconds")}
-    packages = ("torch", "transformers", "accelerate", "datasets", "numpy")
-    result |= {
-        "peak_memory_mb": round(peak_memory_mb()),
-        "seed": args.seed,
-        "sets": sets,
-        "args": json.loads(json.dumps(args.to_dict(), default=str)),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-    checkpoint.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def announce(args: OurArguments) -> None:
@@ -337,12 +370,16 @@ def main(argv=None) -> int:
     keep_pages()
     try:
         args = parse(argv)
-        task = get_task(args.task_name, args.data_dir)
+        task = get_task(args.task_name, args.data_dir, args.own, args.metric)
         sets = draw(args, task)
-        path = result_path(args, sets)
+        path = results.path_of(args, [seed for seed, _, _ in sets])
         announce(args)
-        measured = [run_set(args, task, *one) for one in sets]
-        result = write_result(path, args, measured)
+        measured = []
+        for one in sets:
+            measured.append(run_set(args, task, *one))
+            if len(sets) > 1:
+                results.write(results.set_path(path, one[0]), args, measured[-1:])
+        result = results.write(path, args, measured)
     except (UsageError, FloatingPointError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -1,115 +1,170 @@
 """Log-probabilities of options under a model: the one path that training losses and evaluation both take.
 
-Each distinct token goes through the model once. The candidates of an example share the tokens that they have in common
-and branch behind them; the last token of a candidate never goes in, since nothing reads what it predicts. Several
-examples lie end to end in one row instead of being padded to the longest. One rule makes the attention mask: a token
-sees an earlier token of the same example that is shared or in its own branch. Positions restart with every example, and
-logits are computed only at the places that are read. A score equals the plain one-row-per-candidate computation to
-float rounding; `takes_packed` finds out whether a model can do this, and where it can't, `plain=True` uses such rows.
+Each distinct token goes through the model once. Token sequences with a common beginning form a tree: the candidates of
+an example, and examples that begin alike, such as the questions of one paragraph. The last token of a candidate never
+goes in, since nothing reads what it predicts. Trees lie end to end in rows instead of being padded to the longest. One
+rule makes the attention mask: a token sees the tokens above it in its tree. Positions count from the root, and logits
+are computed only at the places that are read. What all examples begin with (shared demonstrations) goes in first, into
+a key-value cache. A score equals the plain one-row-per-candidate computation to float rounding; `takes_packed` finds
+out whether a model can do this, and where it can't, `plain=True` uses such rows.
 """
 
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 ATTENTION = 1000  # a row of this many tokens spends as long in attention as in matrix products (measured, 135M, CPU)
 TOKENS = 4096  # of one forward in evaluation
+READS = 512  # places where one forward in evaluation computes logits, which is what its memory goes to
+SHARED = 16  # tokens that all examples must begin with to be worth a cache
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of each option behind its prompt, how many of them are the option's, and which option is right."""
+    """Token ids of each option behind its prompt, how many of them are the option's, and which option is right.
+
+    The option's tokens are the last ones, unless `targets` names their positions.
+    """
 
     encodings: list[list[int]]
     option_lens: list[int]
     label: int = 0
+    targets: list[list[int]] | None = None
+
+    def positions(self, option: int) -> Sequence[int]:
+        """Where in its encoding the tokens of an option stand."""
+        if self.targets is not None:
+            return self.targets[option]
+        return range(len(self.encodings[option]) - self.option_lens[option], len(self.encodings[option]))
 
 
 @dataclass
 class Tree:
-    """The tokens of one item as they lie in a row: shared ones first, then branch by branch."""
+    """Token sequences of some examples, merged where they begin alike, as they lie in a row: depth first."""
 
-    tokens: list[int]
-    positions: list[int]
-    branches: list[int]  # -1 where shared
-    nodes: list[tuple[int, int]]  # per option: (shared length, start of its branch), to find a position again
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # of each token, where the part of the tree below it ends
+    reads: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    # (example, option) -> [(token that predicts it, target id)]
 
     @classmethod
-    def of(cls, encodings: Sequence[Sequence[int]]) -> "Tree":
-        limit = min(map(len, encodings)) - 1
-        shared = next((i for i in range(limit) if len({ids[i] for ids in encodings}) > 1), limit)
-        tree = cls(list(encodings[0][:shared]), list(range(shared)), [-1] * shared, [])
-        for branch, ids in enumerate(encodings):
-            tree.nodes.append((shared, len(tree.tokens)))
-            tree.tokens += ids[shared:-1]
-            tree.positions += range(shared, len(ids) - 1)
-            tree.branches += [branch] * (len(ids) - 1 - shared)
+    def of(cls, chosen: Sequence[tuple[int, Example, Sequence[int]]], start: int = 0) -> "Tree":
+        """The tree of (index, example, its options); the first `start` tokens, common to all, lie in a cache."""
+        tree = cls()
+        sequences = [(x.encodings[k][start:-1], i, k, x) for i, x, options in chosen for k in options]
+        path: list[int] = []  # nodes from the root to the last token of the sequence at hand
+        previous: list[int] = []
+        for ids, i, k, x in sorted(sequences, key=lambda sequence: sequence[0]):
+            shared, size = common(previous, ids), len(tree.tokens)
+            for node in path[shared:]:
+                tree.ends[node] = size
+            new = len(ids) - shared
+            path[shared:] = range(size, size + new)
+            tree.tokens += ids[shared:]
+            tree.positions += range(start + shared, start + len(ids))
+            tree.ends += [0] * new
+            tree.reads[i, k] = [(path[p - 1 - start], x.encodings[k][p]) for p in x.positions(k)]
+            previous = ids
+        for node in path:
+            tree.ends[node] = len(tree.tokens)
         return tree
 
-    def node(self, option: int, position: int) -> int:
-        shared, start = self.nodes[option]
-        return position if position < shared else start + position - shared
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two lists."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
+def row_cost(length: float) -> float:
+    """What a row of this many tokens costs, in tokens: attention grows with the square."""
+    return length * (1 + length / ATTENTION)
+
+
+def trees(examples: Sequence[Example], plain: bool = False, start: int = 0) -> list[Tree]:
+    """Examples as trees; those that begin alike share one where that is cheaper. With `plain`, a tree a candidate."""
+    if plain:
+        return [Tree.of([(i, x, [k])]) for i, x in enumerate(examples) for k in range(len(x.encodings))]
+    groups, made, length = [], [], 0
+    for i in sorted(range(len(examples)), key=lambda i: examples[i].encodings[0]):
+        x = examples[i]
+        member = (i, x, range(len(x.encodings)))
+        alone = Tree.of([member], start)
+        size = len(alone.tokens)
+        if groups:
+            joined = length + size - (common(groups[-1][-1][1].encodings[0], x.encodings[0]) - start)
+            if row_cost(joined) < row_cost(length) + row_cost(size):
+                groups[-1].append(member)
+                length = joined
+                continue
+        groups.append([member])
+        made.append(alone)
+        length = size
+    return [tree if len(group) == 1 else Tree.of(group, start) for tree, group in zip(made, groups, strict=True)]
 
 
 def pack(examples: Sequence[Example], plain: bool = False) -> dict[str, Tensor]:
-    """Lay examples out for one forward: R rows of N tokens, M places to read, T option tokens, O options, E examples.
+    """Lay examples out for one forward, see `layout`. With `plain`, one row a candidate, right-padded."""
+    return layout(examples, trees(examples, plain), plain)
 
-    Returns int64 tensors. Tokens [R, N]: `input_ids`, `position_ids`, `segment` (which item; -1 is filling), `branch`
-    (absent with `plain`). Places [M]: `read_row`, `read_column`. Option tokens [T]: `token_read` (index into places),
-    `token_target`, `token_option`. Options [O]: `option_lens`, `option_example`, `option_index`. Examples [E]: `label`.
-    With `plain`, one row a candidate, right-padded.
+
+def layout(examples: Sequence[Example], forest: Sequence[Tree], plain: bool = False) -> dict[str, Tensor]:
+    """Trees as tensors: R rows of N tokens, M places to read, T option tokens, O options, E examples, all int64.
+
+    Tokens [R, N]: `input_ids`, `position_ids`, `end`: the column where the part of the tree below a token ends (0 for
+    filling); with `plain` in place of it `attention_mask`. Places [M]: `read_row`, `read_column`. Option tokens [T]:
+    `token_read` (index into places), `token_target`, `token_option`. Options [O]: `option_lens`, `option_example`,
+    `option_index`. Examples [E], in the order of the trees: `label`.
     """
-    if plain:
-        items = [(e, [k], Tree.of([ids])) for e, x in enumerate(examples) for k, ids in enumerate(x.encodings)]
-    else:
-        items = [(e, range(len(x.encodings)), Tree.of(x.encodings)) for e, x in enumerate(examples)]
-    sizes = [len(tree.tokens) for _, _, tree in items]
-    places = [(r, 0) for r in range(len(items))] if plain else fit(sizes)
+    sizes = [len(tree.tokens) for tree in forest]
+    places = [(r, 0) for r in range(len(forest))] if plain else fit(sizes)
     n_rows = max(r for r, _ in places) + 1
     width = max(start + size for (_, start), size in zip(places, sizes, strict=True))
+    keys = options(forest)
+    rank = {key: o for o, key in enumerate(keys)}
+    chosen = {i: e for e, i in enumerate(dict.fromkeys(i for i, _ in keys))}
 
-    tokens = {name: torch.full((n_rows, width), -1) for name in ("segment", "branch")}
-    tokens |= {name: torch.zeros((n_rows, width), dtype=torch.int64) for name in ("input_ids", "position_ids")}
-    first_option = [0]
-    for x in examples:
-        first_option.append(first_option[-1] + len(x.encodings))
+    tokens = {name: torch.zeros((n_rows, width), dtype=torch.int64) for name in ("input_ids", "position_ids", "end")}
     reads: dict[tuple[int, int], int] = {}
     option_tokens = []
-    for segment, ((e, options, tree), (r, start)) in enumerate(zip(items, places, strict=True)):
+    for tree, (r, start) in zip(forest, places, strict=True):
         span = slice(start, start + len(tree.tokens))
-        tokens["segment"][r, span] = segment
-        for name, values in (("input_ids", tree.tokens), ("position_ids", tree.positions), ("branch", tree.branches)):
-            tokens[name][r, span] = torch.tensor(values)
-        for branch, k in enumerate(options):
-            ids = examples[e].encodings[k]
-            for position in range(len(ids) - examples[e].option_lens[k], len(ids)):
-                read = reads.setdefault((r, start + tree.node(branch, position - 1)), len(reads))
-                option_tokens.append((read, ids[position], first_option[e] + k))
+        tokens["input_ids"][r, span] = torch.tensor(tree.tokens)
+        tokens["position_ids"][r, span] = torch.tensor(tree.positions)
+        tokens["end"][r, span] = torch.tensor(tree.ends) + start
+        for key, wanted in tree.reads.items():
+            for node, target in wanted:
+                option_tokens.append((reads.setdefault((r, start + node), len(reads)), target, rank[key]))
     if plain:
-        del tokens["branch"]
-    token_columns = zip(*option_tokens, strict=True)
+        tokens["attention_mask"] = (tokens.pop("end") > 0).long()
+    token_columns = zip(("read", "target", "option"), zip(*option_tokens, strict=True), strict=True)
     return {
         **tokens,
         "read_row": torch.tensor([r for r, _ in reads]),
         "read_column": torch.tensor([c for _, c in reads]),
-        **{
-            f"token_{name}": torch.tensor(v)
-            for name, v in zip(("read", "target", "option"), token_columns, strict=True)
-        },
-        "option_lens": torch.tensor([n for x in examples for n in x.option_lens]),
-        "option_example": torch.tensor([e for e, x in enumerate(examples) for _ in x.encodings]),
-        "option_index": torch.tensor([k for x in examples for k in range(len(x.encodings))]),
-        "label": torch.tensor([x.label for x in examples]),
+        **{f"token_{name}": torch.tensor(values) for name, values in token_columns},
+        "option_lens": torch.tensor([len(examples[i].positions(k)) for i, k in keys]),
+        "option_example": torch.tensor([chosen[i] for i, _ in keys]),
+        "option_index": torch.tensor([k for _, k in keys]),
+        "label": torch.tensor([examples[i].label for i in chosen]),
     }
 
 
+def options(forest: Sequence[Tree]) -> list[tuple[int, int]]:
+    """(example, option) of everything that these trees score, in their order."""
+    return [key for tree in forest for key in tree.reads]
+
+
 def fit(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, start) of each item, in the number of rows that is cheapest: R rows of N tokens cost R·N·(1 + N/ATTENTION).
+    """(row, start) of each item, in the number of rows that is cheapest: R rows of N tokens cost R·row_cost(N).
 
     For each number of rows the longest items are placed first, each into the row that is shortest so far.
     """
@@ -123,7 +178,7 @@ def fit(sizes: Sequence[int]) -> list[tuple[int, int]]:
             places[i] = (r, filled)
             heapq.heapreplace(rows, (filled + sizes[i], r))
         width = max(filled for filled, _ in rows)
-        cost = n_rows * width * (1 + width / ATTENTION)
+        cost = n_rows * row_cost(width)
         if cost < best_cost:
             best_cost, best = cost, places
         if width == sizes[order[0]]:  # more rows only add filling
@@ -131,22 +186,54 @@ def fit(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return best
 
 
-def attention_mask(segment: Tensor, branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, 1, N, N], additive: 0 where a token (third axis) sees another (last axis), the dtype's minimum elsewhere."""
-    order = torch.arange(segment.shape[1], device=segment.device)
-    sees = (segment[:, :, None] == segment[:, None, :]) & (order[:, None] >= order)
-    sees &= (branch[:, None, :] == -1) | (branch[:, :, None] == branch[:, None, :])
-    mask = torch.zeros(sees.shape, dtype=dtype, device=segment.device)
-    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
+    """[R, 1, N, cached + N], additive: 0 where a token (third axis) sees another (last axis), the dtype's minimum
+    elsewhere. A token sees itself, those above it in its tree, and all that lies in the cache."""
+    column = torch.arange(end.shape[1], device=end.device)
+    sees = (column[:, None] >= column) & (column[:, None] < end[:, None, :])  # [R, N, N]
+    mask = torch.zeros((len(end), end.shape[1], cached + end.shape[1]), dtype=dtype, device=end.device)
+    mask[..., cached:].masked_fill_(~sees, torch.finfo(dtype).min)
+    return mask[:, None]
 
 
-def token_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+class PrefixLayer(DynamicLayer):
+    """Keys and values of one layer that every row sees before its own; they are read, never grown."""
+
+    def update(self, keys, values, *args, **kwargs):
+        rows = len(keys)
+        return tuple(
+            torch.cat([kept.expand(rows, -1, -1, -1), new], dim=-2)
+            for kept, new in ((self.keys, keys), (self.values, values))
+        )
+
+
+@torch.inference_mode()
+def prefix_cache(model: nn.Module, ids: list[int]) -> Cache:
+    """Keys and values of tokens that all examples begin with; one forward. The cache serves any number of rows."""
+    device = next(model.parameters()).device
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
+    try:
+        grown = DynamicCache(config=model.config)
+        model(input_ids=torch.tensor([ids], device=device), past_key_values=grown, use_cache=True)
+    finally:
+        hook.remove()
+    layers = []
+    for layer in grown.layers:
+        layers.append(PrefixLayer())
+        layers[-1].lazy_initialization(layer.keys, layer.values)
+        layers[-1].keys, layers[-1].values = layer.keys, layer.values
+    return Cache(layers=layers)
+
+
+def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
     """[T] fp32: log-probability of every option token of a packed batch; one forward."""
-    if "branch" in batch:
-        mask = attention_mask(batch["segment"], batch["branch"], model.dtype)
-        inputs = {"attention_mask": mask, "position_ids": batch["position_ids"]}
+    if "end" in batch:
+        cached = cache.get_seq_length() if cache else 0
+        mask = attention_mask(batch["end"], cached, model.dtype)
+        inputs = {"attention_mask": mask, "position_ids": batch["position_ids"], "past_key_values": cache}
     else:
-        inputs = {"attention_mask": (batch["segment"] >= 0).long()}
+        inputs = {"attention_mask": batch["attention_mask"]}
 
     def read(head, args):  # hidden states [R, N, D] -> [1, M, D]: what a model does to its logits stays in its hands
         return (args[0][batch["read_row"], batch["read_column"]].unsqueeze(0), *args[1:])
@@ -159,9 +246,9 @@ def token_logprobs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits[batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[batch["token_read"]]
 
 
-def option_sums(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def option_sums(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
     """[O] fp32: log-probability of every option."""
-    logprobs = token_logprobs(model, batch)
+    logprobs = token_logprobs(model, batch, cache)
     return logprobs.new_zeros(len(batch["option_lens"])).index_add(0, batch["token_option"], logprobs)
 
 
@@ -179,15 +266,16 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool) -> Te
     return nn.functional.cross_entropy(scores, batch["label"])
 
 
-def batches(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of items in groups of at most `budget` tokens (one item at least), longest first."""
-    group, used = [], 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if group and used + sizes[i] > budget:
+def batches(forest: Sequence[Tree], tokens: int, reads: int) -> Iterator[list[Tree]]:
+    """Trees in groups within these bounds (one tree at least), longest first."""
+    group, used, read = [], 0, 0
+    for tree in sorted(forest, key=lambda tree: -len(tree.tokens)):
+        wanted = sum(map(len, tree.reads.values()))
+        if group and (used + len(tree.tokens) > tokens or read + wanted > reads):
             yield group
-            group, used = [], 0
-        group.append(i)
-        used += sizes[i]
+            group, used, read = [], 0, 0
+        group.append(tree)
+        used, read = used + len(tree.tokens), read + wanted
     if group:
         yield group
 
@@ -201,23 +289,34 @@ def score(
     Raises FloatingPointError where the model gives NaN, which a comparison of scores would hide.
     """
     model.eval()
-    sizes = [(sum if plain else max)(map(len, x.encodings)) for x in examples]
-    scores: list[list[float]] = [[] for _ in examples]
+    device = next(model.parameters()).device
+    start = 0 if plain else shared_beginning(examples)
+    cache = prefix_cache(model, examples[0].encodings[0][:start]) if start else None
+    sums: dict[tuple[int, int], float] = {}
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
-        for group in batches(sizes, budget):
-            batch = pack([examples[i] for i in group], plain=plain)
-            device = next(model.parameters()).device
-            sums = option_sums(model, {name: tensor.to(device) for name, tensor in batch.items()}).tolist()
-            for i, n in zip(group, (len(examples[i].encodings) for i in group), strict=True):
-                scores[i], sums = sums[:n], sums[n:]
-            bar.update(len(group))
+        for group in batches(trees(examples, plain, start), budget, READS):
+            batch = {name: tensor.to(device) for name, tensor in layout(examples, group, plain).items()}
+            sums |= zip(options(group), option_sums(model, batch, cache).tolist(), strict=True)
+            bar.update(sum(k == 0 for _, k in options(group)))
+    scores = [[sums[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
     if any(value != value for values in scores for value in values):
         raise FloatingPointError("the model gives NaN as the log-probability of an option")
     return scores
 
 
+def shared_beginning(examples: Sequence[Example]) -> int:
+    """How many tokens all encodings begin with, short of the first place that is read; 0 where no cache is worth it."""
+    encodings = [ids for x in examples for ids in x.encodings]
+    if len(encodings) < 2:
+        return 0
+    first_read = min(x.positions(k)[0] - 1 for x in examples for k in range(len(x.encodings)))
+    shared = min(common(min(encodings), max(encodings)), first_read)
+    return shared if shared >= SHARED else 0
+
+
 def takes_packed(model: nn.Module) -> bool:
-    """Whether this model scores packed rows as it scores plain ones, found by scoring two short examples both ways.
+    """Whether this model scores packed rows as it scores plain ones, found by scoring short examples both ways, with
+    and without a beginning that all of them share and that a cache holds.
 
     A kernel that drops the mask, positions that can't restart (ALiBi) or windows in attention would give silent wrong
     numbers; such a model gets plain rows.
@@ -227,12 +326,14 @@ def takes_packed(model: nn.Module) -> bool:
         return False
     top = config.vocab_size - 1
     prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
-    probe = [Example([[*p, 3, 4, 6], [*p, 8, 4], [*p, 3, 9, 7, 6]], [3, 2, 4]) for p in prompts]
+    prompts.append([*prompts[1][:-1], 2])  # begins like another one
+    cached = [[min(top, 3 * i + 1) for i in range(SHARED)] + p for p in prompts]
+    probes = [[Example([[*p, 3, 4, 6], [*p, 8, 4], [*p, 3, 9, 7, 6]], [3, 2, 4]) for p in q] for q in (prompts, cached)]
     try:
-        packed = score(model, probe)
+        packed = [row for probe in probes for row in score(model, probe)]
     except Exception:  # a model that can't take the mask may fail in any way
         return False
-    plain = score(model, probe, plain=True)
+    plain = [row for probe in probes for row in score(model, probe, plain=True)]
     absolute, relative = (1e-3, 1e-4) if model.dtype == torch.float32 else (0.1, 0.02)
     return all(
         abs(a - b) <= absolute + relative * abs(a)

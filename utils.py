@@ -62,8 +62,20 @@ def encode_prompt(
     of them keep the same context; a BOS stays. Raises UsageError where no prompt token would be left beside an option
     or where an option has no token.
     """
-    shape = (template.encode_sfc, template.verbalize_sfc) if sfc or icl_sfc else (template.encode, template.verbalize)
-    encode, verbalize = shape
+    return prompt_tokens(
+        task, template, train_samples, eval_sample, tokenizer, max_length, sfc, icl_sfc, generation,
+        generation_with_gold, max_new_tokens,
+    )[:2]  # fmt: skip
+
+
+def prompt_tokens(
+    task, template, train_samples, eval_sample, tokenizer, max_length, sfc=False, icl_sfc=False, generation=False,
+    generation_with_gold=False, max_new_tokens=None,
+) -> tuple[list[list[int]], list[int], int]:  # fmt: skip
+    """`encode_prompt`, and how many tokens the longest candidate lost on its left."""
+    calibrated = sfc or icl_sfc
+    encode = template.encode_sfc if calibrated else template.encode
+    verbalize = template.verbalize_sfc if calibrated else template.verbalize
     demonstrations = task.train_sep.join(
         template.verbalize(sample, sample.correct_candidate).strip() for sample in train_samples
     ).strip()
@@ -74,11 +86,11 @@ def encode_prompt(
         texts = [verbalize(eval_sample, eval_sample.correct_candidate).strip(" ")]
     else:
         texts = [prompt]
-    prompt_length = len(tokenizer.encode(prompt))
-    option_lens = [len(tokenizer.encode(text)) - prompt_length for text in texts]
-    if not sfc:
-        texts = [(demonstrations + task.train_sep + text).lstrip().strip(" ") for text in texts]
-    encodings = [tokenizer.encode(text) for text in texts]
+    whole = texts if sfc else [(demonstrations + task.train_sep + text).lstrip().strip(" ") for text in texts]
+    distinct = list(dict.fromkeys([prompt, *texts, *whole]))
+    ids = dict(zip(distinct, tokenizer(distinct, return_attention_mask=False, verbose=False)["input_ids"], strict=True))
+    option_lens = [len(ids[text]) - len(ids[prompt]) for text in texts]
+    encodings = [ids[text] for text in whole]
 
     open_ended = generation and not generation_with_gold
     if not open_ended:
@@ -91,8 +103,8 @@ def encode_prompt(
             encodings = [[start, *ids] for ids in encodings]
     if generation and max_new_tokens is not None:
         max_length -= max_new_tokens
-    cut = max(len(ids) for ids in encodings) - max_length
-    if cut > 0:
+    cut = max(0, max(map(len, encodings)) - max_length)
+    if cut:
         keep = int(encodings[0][0] == tokenizer.bos_token_id)
         encodings = [ids[:keep] + ids[keep + cut :] for ids in encodings]
     if any(len(ids) - n < 1 for ids, n in zip(encodings, option_lens, strict=True)):
@@ -100,7 +112,44 @@ def encode_prompt(
             f"--max_length {max_length} leaves no prompt token beside an option of {max(option_lens)} tokens "
             f"(example {eval_sample.id}); give at least {max(option_lens) + 1}"
         )
-    return encodings, option_lens
+    return encodings, option_lens, cut
+
+
+def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list[int], list[int], int]:
+    """(token ids, positions of those to be learned, how many were cut on the left) of a text to be learned.
+
+    A row with `messages` goes through the tokenizer's chat template, and what is learned is what the assistant says,
+    the end of its turn included; one with `prompt` and `response` is the two strings and an end-of-text token, and the
+    response is learned. Raises UsageError where the tokenizer has no chat template, or one whose text for the first
+    turns is not the beginning of its text for all.
+    """
+    if "messages" not in row:
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        ids = [*tokenizer(row["prompt"] + row["response"], verbose=False)["input_ids"], tokenizer.eos_token_id]
+        learned = range(start, len(ids))
+    else:
+        if not tokenizer.chat_template:
+            raise UsageError("the model's tokenizer has no chat template; columns prompt and response need none")
+        turns = row["messages"]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        spans = []
+        for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+            before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True) if i else ""
+            after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UsageError(f"{where}: the chat template rewrites earlier turns when later ones follow")
+            spans.append((len(before), len(after)))
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = encoded["input_ids"]
+        begins = [begin for begin, _ in encoded["offset_mapping"]]
+        learned = [p for p, begin in enumerate(begins) if any(a <= begin < b for a, b in spans)]
+    cut = max(0, len(ids) - max_length)
+    keep = int(cut > 0 and ids[0] == tokenizer.bos_token_id)
+    ids = ids[:keep] + ids[keep + cut :]
+    learned = [p - cut for p in learned if p - cut > 0]
+    if not learned:
+        raise UsageError(f"{where}: no token to learn within --max_length {max_length}")
+    return ids, learned, cut
 
 
 def keep_pages() -> None:

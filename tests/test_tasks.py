@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import TRAIN, shared, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import tasks
 from metrics import accuracy, best_threshold_accuracy
@@ -108,11 +109,8 @@ def test_long_prompts_lose_the_same_tokens_on_the_left_for_every_candidate():
 
 
 def test_a_bos_stays_when_a_prompt_is_cut():
-    class WithBos(type(tiny_tokenizer())):
-        def encode(self, text):
-            return [256, *super().encode(text)]
-
-    tokenizer = WithBos(tokenizer_object=tiny_tokenizer()._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 256)])
     sample = Sample(0, {"text": "abcdefgh"}, "X", ["X", "YZ"])
     encodings, _ = encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 6)
     assert [ids[0] for ids in encodings] == [256, 256] and [len(ids) for ids in encodings] == [5, 6]
