@@ -6,11 +6,43 @@ What all prompts begin with (shared demonstrations) goes through the model once,
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from scoring import SHARED, TOKENS, common, prefix_cache
+
+CACHE = 512 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
+
+
+class BufferLayer(DynamicLayer):
+    """Keys and values of one layer [R, heads, tokens, D], written into a buffer: the library's own cache is copied anew
+    with every token, a fifth of the time that an answer takes on a CPU."""
+
+    def __init__(self, capacity: int, keys: Tensor | None = None, values: Tensor | None = None):
+        super().__init__()
+        self.capacity, self.start, self.buffers = capacity, (keys, values), None
+
+    def update(self, keys, values, *args, **kwargs):
+        rows, heads, new, _ = keys.shape
+        if self.buffers is None:
+            self.is_initialized, length = True, 0
+            self.buffers = [part.new_empty(rows, heads, self.capacity, part.shape[-1]) for part in (keys, values)]
+            if self.start[0] is not None:
+                length = self.start[0].shape[-2]
+                for buffer, kept in zip(self.buffers, self.start, strict=True):
+                    buffer[:, :, :length] = kept
+        else:
+            length = self.keys.shape[-2]
+        for buffer, part in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, length : length + new] = part
+        self.keys, self.values = (buffer[:, :, : length + new] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        if self.buffers is None:
+            return 0 if self.start[0] is None else self.start[0].shape[-2]
+        return self.keys.shape[-2]
 
 
 def stop_ids(tokenizer, eos_token: str) -> list[int]:
@@ -33,7 +65,7 @@ def prompt_batches(prompts: Sequence[Sequence[int]], new: int, budget: int) -> l
 @torch.inference_mode()
 def generate(
     model: nn.Module, tokenizer, prompts: Sequence[list[int]], eos_token: str = "\n", max_new_tokens: int = 50,
-    budget: int = TOKENS, cached: bool = True, seed: int = 0, progress: bool = False, **sampling,
+    budget: int = CACHE, cached: bool = True, seed: int = 0, progress: bool = False, **sampling,
 ) -> list[str]:  # fmt: skip
     """The answer to each prompt, in order, up to `eos_token`; `sampling` goes to `model.generate` (greedy without).
 
@@ -42,16 +74,20 @@ def generate(
     """
     model.eval()
     device = next(model.parameters()).device
-    shared = min(common(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
-    if not cached or len(prompts) < 2 or shared < SHARED or sampling.get("num_beams", 1) > 1:
-        shared = 0
-    cache = prefix_cache(model, prompts[0][:shared]) if shared else None
+    beams = sampling.get("num_beams", 1)
+    own_cache, shared, tokens = cached and beams == 1, 0, TOKENS // beams
+    if own_cache:
+        shared = min(common(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
+        shared = shared if shared >= SHARED and len(prompts) > 1 else 0
+        layers = prefix_cache(model, prompts[0][: shared or 1]).layers
+        per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // (shared or 1)
+        tokens = max(budget, sum(p.nbytes for p in model.parameters()) // 4) // per_token
     stops = stop_ids(tokenizer, eos_token)
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), unit="ex", disable=not progress, desc="generating", leave=False)
     with bar, torch.random.fork_rng():
         torch.manual_seed(seed)
-        for group in prompt_batches([ids[shared:] for ids in prompts], max_new_tokens, budget):
+        for group in prompt_batches(prompts, max_new_tokens, tokens):
             width = max(len(prompts[i]) for i in group)
             ids = torch.full((len(group), width), tokenizer.pad_token_id)
             mask = torch.zeros_like(ids)
@@ -59,10 +95,9 @@ def generate(
                 for part in (slice(0, shared), slice(shared - len(prompts[i]), None)):
                     ids[row, part] = torch.tensor(prompts[i][part], dtype=ids.dtype)
                     mask[row, part] = 1
-            if cache:
-                layers = [(layer.keys.expand(len(group), -1, -1, -1), layer.values.expand(len(group), -1, -1, -1))
-                          for layer in cache.layers]  # fmt: skip
-                sampling["past_key_values"] = DynamicCache(layers)
+            if own_cache:
+                kept = [(layer.keys, layer.values) if shared else () for layer in layers]
+                sampling["past_key_values"] = Cache([BufferLayer(width + max_new_tokens, *start) for start in kept])
             grown = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling,
