@@ -253,6 +253,12 @@ class OurArguments(TrainingArguments):
         """The model's name as it stands in file names."""
         return Path(self.model_name.rstrip("/")).name.removesuffix(".gguf")
 
+    @property
+    def task_label(self) -> str:
+        """The task's name as it stands in file names: tasks of one's own are told apart by their folder."""
+        own = self.task_name == "own" and self.data_dir
+        return f"own-{Path(self.data_dir).resolve().name}" if own else self.task_name
+
     def run_dir(self, train_set: int) -> Path:
         """Output directory of one training set: by default one that no other task, mode or seed shares."""
         if self.given_output_dir:
@@ -260,7 +266,7 @@ class OurArguments(TrainingArguments):
             return Path(self.output_dir) / f"trainset{train_set}" if several else Path(self.output_dir)
         tag = f"-{self.tag}" if self.tag else ""
         name = (
-            f"{self.task_name}-{self.model_label}-{self.mode}-{self.trainer}{tag}-seed{self.seed}-trainset{train_set}"
+            f"{self.task_label}-{self.model_label}-{self.mode}-{self.trainer}{tag}-seed{self.seed}-trainset{train_set}"
         )
         return Path("result") / name
 

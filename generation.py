@@ -47,7 +47,7 @@ class BufferLayer(DynamicLayer):
 
 def stop_ids(tokenizer, eos_token: str) -> list[int]:
     """Every token that ends an answer: the end of text, and those with `eos_token` in them ("\\n\\n" for "\\n")."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
     return sorted({i for i, text in enumerate(texts) if eos_token in text} | {tokenizer.eos_token_id})
 
 

@@ -8,8 +8,15 @@ TASK=${TASK:-SST2}
 MODE=${MODE:-ft}
 BS=${BS:-16}
 SEED=${SEED:-0}
-TRAIN=${TRAIN:-1000}
-DEV=${DEV:-500}
+# Training rows that a task has beside 1,000 + 500; dev never eats them.
+case "$TASK" in
+    CB) SIZES=(150 100) ;;
+    Copa) SIZES=(300 100) ;;
+    WSC) SIZES=(454 100) ;;
+    *) SIZES=(1000 500) ;;
+esac
+TRAIN=${TRAIN:-${SIZES[0]}}
+DEV=${DEV:-${SIZES[1]}}
 EVAL=${EVAL:-1000}
 STEPS=${STEPS:-20000}
 EVAL_STEPS=${EVAL_STEPS:-4000}
@@ -19,10 +26,15 @@ LR=${LR:-}    # empty: run.py takes the mode's value and prints it
 EPS=${EPS:-}
 
 MODE_ARGS=()
+# Where candidates are whole phrases or answers are generated, the loss is that of language modelling.
+case "$TASK" in
+    Copa | ReCoRD | SQuAD | DROP | own) ;;
+    *) MODE_ARGS+=(--train_as_classification) ;;
+esac
 case "$MODE" in
     ft) ;;
-    lora) MODE_ARGS=(--lora) ;;
-    xgblora) MODE_ARGS=(--xgblora --xgblora_steps_per_iteration "$XGBLORA_STEPS") ;;
+    lora) MODE_ARGS+=(--lora) ;;
+    xgblora) MODE_ARGS+=(--xgblora --xgblora_steps_per_iteration "$XGBLORA_STEPS") ;;
     prefix) echo "mezo.sh: MODE=prefix is not available yet; there are ft, lora, xgblora" >&2; exit 2 ;;
     *) echo "mezo.sh: unknown MODE '$MODE'; there are ft, lora, xgblora" >&2; exit 2 ;;
 esac
@@ -52,7 +64,7 @@ echo "DATA_DIR: ${DATA_DIR:-(hub)}"
 echo "Extra args: ${MODE_ARGS[*]} $*"
 
 exec "$PYTHON" run.py --model_name "$MODEL" --task_name "$TASK" --tag "mezo-$MODE-$STEPS-$BS" \
-    --trainer zo --train_as_classification --seed "$SEED" --train_set_seed "$SEED" \
+    --trainer zo --seed "$SEED" --train_set_seed "$SEED" \
     --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" --per_device_train_batch_size "$BS" \
     --max_steps "$STEPS" --logging_steps 10 --eval_strategy steps --eval_steps "$EVAL_STEPS" \
     --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 --load_best_model_at_end \

@@ -22,7 +22,7 @@ def path_of(args, seeds: list[int | None]) -> Path:
     """The result file of a run over the training sets of these seeds (None: demonstrations drawn per example)."""
     if args.result_file:
         return Path(args.result_file)
-    parts = [args.task_name, args.model_label, "sfc" if args.sfc else "", "icl_sfc" if args.icl_sfc else ""]
+    parts = [args.task_label, args.model_label, "sfc" if args.sfc else "", "icl_sfc" if args.icl_sfc else ""]
     for word, value in (("sampleeval", args.num_eval), ("ntrain", args.num_train), ("ndev", args.num_dev)):
         parts.append(f"{word}{value}" if value is not None else "")
     several = f"trainsets{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else f"trainset{seeds[0]}"

@@ -121,8 +121,11 @@ drop = Template(lambda data: f"Passage: {data['passage']}\nQuestion: {data['ques
 
 
 def fields(text: str) -> list[str]:
-    """Names of the columns in a template of the command line; raises ValueError where its braces don't match."""
-    return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    """Names of the columns in a template of the command line; raises ValueError where a brace is not around one."""
+    parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
+    if any(spec or conversion for _, spec, conversion in parts):
+        raise ValueError("braces hold the name of a column and nothing else")
+    return [name for name, _, _ in parts]
 
 
 def own(text: str, ending: Callable[[dict, object], str]) -> Template:

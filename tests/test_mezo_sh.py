@@ -46,3 +46,14 @@ def test_modes_take_their_own_learning_rate_and_eps(model_dir, data_dir, tmp_pat
         assert done.returncode == 0, done.stderr
         args = json.loads(result.read_text())["args"]
         assert (args["learning_rate"], args["zo_eps"]) == values
+
+
+def test_sizes_and_the_loss_fit_the_task(tmp_path):
+    """Each stops at the missing data, after the settings are printed."""
+    sizes = {"WSC": "454/100", "CB": "150/100", "Copa": "300/100", "SST2": "1000/500", "SQuAD": "1000/500"}
+    for task, expected in sizes.items():
+        done = mezo({"TASK": task, "DATA_DIR": tmp_path})
+        assert done.returncode == 2 and f"TRAIN/DEV/EVAL: {expected}/1000" in done.stdout.splitlines()
+        extra = next(line for line in done.stdout.splitlines() if line.startswith("Extra args"))
+        assert ("--train_as_classification" in extra) == (task not in ("Copa", "SQuAD"))
+    assert "TRAIN/DEV/EVAL: 54/10/1000" in mezo({"TASK": "WSC", "TRAIN": 54, "DEV": 10, "DATA_DIR": tmp_path}).stdout

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model, tiny_tokenizer, write_rows
+from conftest import shared, tiny_model, tiny_tokenizer, write_rows
 
 import run
 from utils import UsageError
@@ -109,6 +109,12 @@ def test_a_file_that_is_not_utf8(refused, tmp_path):
 def test_bad_rows_are_refused_before_the_model_is_looked_at(refused, tmp_path):
     write_rows(tmp_path / "SST2" / "train.jsonl", [("x", 7)])
     refused(f"--data_dir {tmp_path} --model_name no/such_model", "label is 7")
+
+
+def test_dev_rows_never_come_out_of_the_training_rows(refused):
+    """WSC has 554 rows; the recipe's 1,000 + 500 would leave 54 to train on."""
+    flags = "--task_name WSC --trainer zo --num_train 1000 --num_dev 500"
+    refused(f"{flags} --data_dir {shared('data')}", "--num_train 1000", "--num_dev 500", "554")
 
 
 def test_training_under_torchrun(refused, monkeypatch):

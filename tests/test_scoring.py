@@ -35,15 +35,16 @@ def assert_close(scores, reference, tokens=8):
             assert abs(a - b) <= tokens * 2e-5 + 1e-5 * abs(b)
 
 
-def some_examples(n=9, seed=0) -> list[Example]:
+def some_examples(n=9, seed=0, beginning=0) -> list[Example]:
+    """Random prompts and options; all begin with the same `beginning` tokens, every third one like the one before."""
     rng = random.Random(seed)
     words = lambda k: [rng.randrange(256) for _ in range(k)]  # noqa: E731
-    made = []
+    start, prompt, made = words(beginning), [], []
     for i in range(n):
-        prompt = words(rng.randint(1, 30))
+        prompt = prompt[:20] + words(9) if i % 3 == 1 else start + words(rng.randint(1, 30))
         lens = [rng.randint(1, 4) for _ in range(1 + i % 4)]
         made.append(Example([prompt + words(k) for k in lens], lens, rng.randrange(len(lens))))
-    a, b, c = words(12), words(3), words(1)
+    a, b, c = start + words(12), words(3), words(1)
     made.append(Example([a + b, a + b + c, a + b, a + c], [3, 4, 3, 1], 1))  # a prefix, twins, one token
     return made
 
@@ -54,13 +55,15 @@ def models():
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_scores_equal_the_plain_computation(family, plain):
-    model, examples = tiny_model(family), some_examples()
+@pytest.mark.parametrize("beginning", [0, 40])
+def test_scores_equal_the_plain_computation(family, plain, beginning):
+    model, examples = tiny_model(family), some_examples(beginning=beginning)
     assert_close(scoring.score(model, examples, plain=plain), plain_scores(model, examples))
 
 
-def test_packing_budget_and_order_change_no_score(family):
-    model, examples = tiny_model(family), some_examples()
+@pytest.mark.parametrize("beginning", [0, 40])
+def test_packing_budget_and_order_change_no_score(family, beginning):
+    model, examples = tiny_model(family), some_examples(beginning=beginning)
     reference = scoring.score(model, examples, budget=10**6)
     for budget in (1, 40, 100):
         assert_close(scoring.score(model, examples, budget=budget), reference)
@@ -69,14 +72,16 @@ def test_packing_budget_and_order_change_no_score(family):
     assert_close(shuffled, [reference[i] for i in order])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_tree_of_options_scores_as_plain_rows(models, data):
-    model = models.setdefault("llama", tiny_model("llama"))
+def test_any_tree_of_options_scores_as_plain_rows(models, family, data):
+    """Random prompts that may begin alike, cut on the left or not, and options that may be prefixes or twins."""
+    model = models.setdefault(family, tiny_model(family))
     token = st.integers(0, VOCABULARY - 1)
-    examples = []
+    examples, beginning = [], data.draw(st.lists(token, max_size=30))
     for _ in range(data.draw(st.integers(1, 4))):
-        prompt = data.draw(st.lists(token, min_size=1, max_size=20))
+        rest = data.draw(st.lists(st.one_of(token, st.just(7)), min_size=1, max_size=20))
+        prompt = (beginning + rest)[-data.draw(st.integers(1, 50)) :]
         options = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4))
         examples.append(Example([prompt + o for o in options], [len(o) for o in options]))
     assert_close(scoring.score(model, examples), plain_scores(model, examples))
@@ -111,6 +116,42 @@ def test_gradients_through_packed_rows_equal_plain_gradients():
         scoring.loss(model, scoring.pack(examples, plain=plain), classification=True).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*grads, atol=1e-6, rtol=1e-4)
+
+
+def test_examples_that_begin_alike_share_a_row():
+    beginning = list(range(100, 140))
+    examples = [Example([[*beginning, i, 20], [*beginning, i, 21, 22]], [1, 2]) for i in range(5)]
+    batch = scoring.pack(examples)
+    assert batch["input_ids"].numel() == 40 + 5 * 2  # i and 21; the last token of an option never goes in
+    apart = scoring.pack([Example([[256, *range(i, i + 60)]], [1]) for i in range(3)])
+    assert (apart["input_ids"] == 256).sum() == 3  # one token in common isn't worth a longer row
+
+
+def test_what_all_examples_begin_with_goes_in_once():
+    model, beginning = tiny_model("llama"), list(range(60))
+    examples = [Example([[*beginning, 100 + i, 1], [*beginning, 100 + i, 2]], [1, 1]) for i in range(30)]
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    scores = scoring.score(model, examples, budget=10)
+    assert seen[0] == 60 and sum(seen) == 60 + 30
+    assert_close(scores, plain_scores(model, examples))
+
+
+def test_tokens_to_be_learned_may_stand_anywhere():
+    model = tiny_model("opt")
+    ids, wanted = list(range(30)), [3, 4, 11, 29]
+    example = Example([ids], [4], targets=[wanted])
+    logprobs = plain_logprobs(model, ids, 29)
+    assert_close(scoring.score(model, [example]), [[sum(logprobs[p - 1] for p in wanted)]])
+
+
+def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    examples = some_examples(60, seed=3, beginning=20)
+    packed, plain = scoring.score(model, examples), scoring.score(model, examples, plain=True)
+    for a, b in zip(packed, plain, strict=True):
+        best = b.index(max(b))
+        assert a.index(max(a)) == best or b[best] - b[a.index(max(a))] < 0.02 * abs(b[best])
 
 
 def test_each_distinct_token_goes_in_once_and_the_last_never():

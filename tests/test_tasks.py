@@ -5,35 +5,69 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import TRAIN, shared, tiny_tokenizer
+from conftest import TRAIN, shared, starter, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import tasks
-from metrics import accuracy, best_threshold_accuracy
-from tasks import Sample, get_task
-from utils import UsageError, encode_prompt, load_tokenizer
+from tasks import Own, Sample, get_task
+from utils import UsageError, encode_prompt, load_tokenizer, prompt_tokens, text_tokens
+
+GOLDEN = ("SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP")
 
 
-def test_sst2_encodes_to_the_golden_ids():
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_task_encodes_to_the_golden_ids(name):
     tokenizer = load_tokenizer(shared("tokenizer-opt"), "opt")
-    task = get_task("SST2", shared("data"))
+    task = get_task(name, shared("data"))
     template, train, validation = task.get_template(), task.samples["train"], task.samples["validation"]
+    generated = {"generation": True, "max_new_tokens": 50} if task.generation else {}
     compared = 0
-    for row in json.loads(shared("golden", "SST2.json").read_text()):
+    for row in json.loads(shared("golden", f"{name}.json").read_text()):
         sample, demos = validation[row["row"]], [train[0], train[1]]
         assert (sample.candidates, sample.correct_candidate) == (row["candidates"], row["correct"])
         cases = {
-            "zero_shot": ([], {}),
-            "train": ([], {}),
-            "demos_2": (demos, {}),
+            "zero_shot": ([], generated),
+            "train": ([], {**generated, "generation_with_gold": task.generation}),
+            "demos_2": (demos, generated),
             "sfc": ([], {"sfc": True}),
             "icl_sfc": (demos, {"icl_sfc": True}),
         }
-        for name, (shots, flags) in cases.items():
+        for case in cases.keys() & row.keys():
+            shots, flags = cases[case]
             ours = encode_prompt(task, template, shots, sample, tokenizer, 2048, **flags)
-            assert list(ours) == row[name], (row["row"], name)
+            assert list(ours) == row[case], (row["row"], case)
             compared += 1
-    assert compared == 15
+    assert compared == (9 if task.generation else 15)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_hub_is_asked_for_todays_name_and_gives_the_same_samples(name, monkeypatch):
+    asked, local = [], get_task(name, shared("data"))
+
+    def load_dataset(path, configuration, split):
+        asked.append((path, configuration, split))
+        return datasets.Dataset.from_list([sample.data for sample in local.samples[split]][:40])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub, (path, configuration) = get_task(name), tasks.TASKS[name].hub
+    assert asked == [(path, configuration, "train"), (path, configuration, "validation")]
+    assert path in ("nyu-mll/glue", "aps/super_glue", "google/boolq", "rajpurkar/squad", "ucinlp/drop")
+    for split in tasks.SPLITS:
+        for ours, theirs in zip(hub.samples[split], local.samples[split], strict=False):
+            for shape in ("encode", "verbalize"):
+                more = () if shape == "encode" else (ours.correct_candidate,)
+                render = [getattr(t.get_template(), shape)(s, *more) for t, s in ((hub, ours), (local, theirs))]
+                assert render[0] == render[1]
+            assert (ours.candidates, ours.correct_candidate) == (theirs.candidates, theirs.correct_candidate)
+
+
+def test_only_sampled_rows_of_the_hub_become_samples(monkeypatch):
+    rows = datasets.Dataset.from_list([{"sentence": s, "label": y} for s, y in TRAIN])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
+    task, built = get_task("SST2"), []
+    build = task.samples["train"].build
+    task.samples["train"].build = lambda i, row: (built.append(i), build(i, row))[1]
+    assert [s.id for s in task.sample_subset("train", seed=0, num=2)] == built and len(built) == 2
 
 
 def test_a_draw_is_numpys_permutation(data_dir):
@@ -47,19 +81,6 @@ def test_samples_are_built_when_looked_at(data_dir):
     task = get_task("SST2", data_dir)
     assert [task.samples["validation"][i].correct_candidate for i in range(8)] == [y for _, y in TRAIN]
     assert isinstance(task.samples["train"].rows[0], dict) and task.generation is False
-
-
-def test_the_hub_is_asked_for_todays_name(monkeypatch):
-    asked = []
-
-    def load_dataset(path, configuration, split):
-        asked.append((path, configuration, split))
-        return datasets.Dataset.from_list([{"idx": i, "sentence": s, "label": y} for i, (s, y) in enumerate(TRAIN)])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = get_task("SST2")
-    assert asked == [("nyu-mll/glue", "sst2", "train"), ("nyu-mll/glue", "sst2", "validation")]
-    assert task.samples["train"][2].data["sentence"] == TRAIN[2][0]
 
 
 def test_a_hub_data_set_without_the_column_is_refused(monkeypatch):
@@ -134,15 +155,171 @@ def test_generation_prompts_leave_room_and_have_no_option():
     assert lens == [0] and len(encodings[0]) == 3
 
 
-def test_accuracy_takes_one_right_answer_or_several():
-    assert accuracy([1, "b", "c"], [1, ["a", "b"], ["a"]]) == 2 / 3
+def test_what_was_cut_is_told():
+    sample = Sample(0, {"text": "abcdefghij"}, "KL", ["KL", "M"])
+    for limit, cut in ((100, 0), (12, 0), (8, 4)):
+        assert prompt_tokens(tasks.Dataset, Letters(), [], sample, tiny_tokenizer(), limit)[2] == cut
 
 
-def test_the_best_threshold_is_the_best_of_all_thresholds():
-    rng = np.random.RandomState(0)
-    for _ in range(50):
-        margins = rng.randint(-3, 4, size=9).astype(float)  # with ties
-        golds = rng.randint(0, 2, size=9).tolist()
-        cuts = [-10.0, *np.unique(margins)]
-        best = max(np.mean([(m > cut) == g for m, g in zip(margins, golds, strict=True)]) for cut in cuts)
-        assert best_threshold_accuracy(margins.tolist(), golds) == pytest.approx(best)
+# ---- rows that a task can't use ----
+
+BAD = {
+    "BoolQ": ({"passage": "p", "question": "q", "answer": 1}, "answer is 1"),
+    "CB": ({"premise": "p", "hypothesis": "h", "label": 3}, "label is 3"),
+    "Copa": ({"premise": "p", "choice1": "a", "choice2": "b", "question": "why", "label": 0}, "question is 'why'"),
+    "ReCoRD": ({"passage": "p", "query": "q", "entities": ["a"], "answers": ["b"]}, "not among the candidates"),
+    "SQuAD": ({"title": "t", "context": "c", "question": "q", "answers": ["x"]}, "answers is ['x']"),
+    "DROP": ({"passage": "p", "question": "q", "answers_spans": {"spans": []}}, "something in it"),
+    "MultiRC": ({"paragraph": "p", "question": "q", "answer": "", "label": 0}, "answer is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_with_its_column(name, tmp_path):
+    row, words = BAD[name]
+    write_jsonl(tmp_path / name / "train.jsonl", [row])
+    with pytest.raises(UsageError) as error:
+        get_task(name, tmp_path)
+    assert "train.jsonl, row 1" in str(error.value) and words in str(error.value)
+
+
+# ---- tasks of one's own ----
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def own_task(folder, rows, metric=None, **flags):
+    for split in tasks.SPLITS:
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return get_task("own", folder, Own(**flags), metric)
+
+
+WORDS = '{"neg": "terrible", "pos": "great"}'
+OWN = {
+    "label_words": (
+        {"review": " fine film ", "label": "pos"},
+        {"template": "{review} It was", "label_words": WORDS, "label_column": "label"},
+        ("fine film It was", " great", ["neg", "pos"], "pos"),
+    ),
+    "labels that are no strings": (
+        {"text": "so", "ok": True, "n": 3},
+        {"template": "{n}: {text}\\n", "label_words": '{"true": "Yes", "false": "No"}', "label_column": "ok"},
+        ("3: so\n", "Yes", ["true", "false"], "true"),
+    ),
+    "candidates": (
+        {"q": "2+2?", "options": ["3", "4"], "right": 1},
+        {"template": "{q} Answer:", "candidates_column": "options", "answer_index_column": "right"},
+        ("2+2? Answer:", " 4", ["3", "4"], "4"),
+    ),
+    "answer": (
+        {"q": "2+2?", "a": "4"},
+        {"template": "{q} Answer:", "answer_column": "a"},
+        ("2+2? Answer:", " 4\n", None, ["4"]),
+    ),
+    "answers": (
+        {"q": "2+2?", "a": ["4", "four"]},
+        {"template": "{q} Answer:", "answer_column": "a"},
+        ("2+2? Answer:", " 4\n", None, ["4", "four"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OWN)
+def test_flags_describe_a_task_of_ones_own(way, tmp_path):
+    row, flags, (prompt, ending, candidates, correct) = OWN[way]
+    task = own_task(tmp_path, [row], **flags)
+    sample, template = task.samples["train"][0], task.get_template()
+    assert (sample.candidates, sample.correct_candidate) == (candidates, correct)
+    assert template.encode(sample) == prompt and template.verbalize(sample, correct) == prompt + ending
+    assert task.generation == (candidates is None)
+
+
+WRONG = {
+    "no flags": ({"x": "a"}, {}, "--task_name own needs --template"),
+    "two ways": ({"x": "a"}, {"template": "{x}", "answer_column": "x", "label_column": "x"}, "one of"),
+    "half a way": ({"x": "a"}, {"template": "{x}", "label_column": "x"}, "one of"),
+    "no cell": ({"x": "a"}, {"template": "x", "answer_column": "x"}, "no {column}"),
+    "braces": ({"x": "a"}, {"template": "{x", "answer_column": "x"}, "--template"),
+    "a format": ({"x": "a"}, {"template": "{x:.2f}", "answer_column": "x"}, "--template"),
+    "no such column": ({"x": "a"}, {"template": "{y}", "answer_column": "x"}, "row 1: no column 'y'; there are x"),
+    "words": ({"x": "a"}, {"template": "{x}", "label_words": "[1]", "label_column": "x"}, "--label_words"),
+    "label": ({"x": "a"}, {"template": "{x}", "label_words": WORDS, "label_column": "x"}, "row 1: x is 'a'"),
+    "index": (
+        {"x": "a", "c": ["1"], "i": 1},
+        {"template": "{x}", "candidates_column": "c", "answer_index_column": "i"},
+        "row 1: the index of the answer",
+    ),
+    "index type": (
+        {"x": "a", "c": ["1"], "i": "0"},
+        {"template": "{x}", "candidates_column": "c", "answer_index_column": "i"},
+        "row 1: i is '0'",
+    ),
+    "null": ({"x": None}, {"template": "{x}", "answer_column": "x"}, "row 1: x is None"),
+    "messages": ({"messages": [{"role": "user", "content": "hi"}]}, {}, "row 1: messages has no turn"),
+    "roles": ({"messages": [{"role": "user"}]}, {}, "row 1: messages has a turn without"),
+    "metric": ({"prompt": "a", "response": "b"}, {"metric": "accuracy"}, "--metric accuracy"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_description_or_row_is_named(what, tmp_path):
+    row, flags, words = WRONG[what]
+    with pytest.raises(UsageError) as error:
+        own_task(tmp_path, [row], **flags)
+    assert words in str(error.value)
+
+
+def test_a_task_of_ones_own_needs_a_folder():
+    with pytest.raises(UsageError, match="--data_dir"):
+        get_task("own")
+
+
+# ---- texts to be learned ----
+
+TURNS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "2+2"},
+    {"role": "assistant", "content": "four"},
+]
+CHAT = (
+    "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def test_the_assistants_turns_are_learned_and_their_end():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    ids, learned, cut = text_tokens(tokenizer, {"messages": TURNS}, 100, "here")
+    assert tokenizer.decode(ids) == "[u]hi[a]yes?</s>[u]2+2[a]four</s>" and cut == 0
+    assert tokenizer.decode([ids[p] for p in learned]) == "yes?</s>four</s>"
+    ids, learned, cut = text_tokens(tokenizer, {"messages": TURNS}, 8, "here")
+    assert cut == 19 and tokenizer.decode([ids[p] for p in learned]) == "four</s>"
+
+
+def test_smollm2s_chat_template_marks_the_assistant():
+    tokenizer = load_tokenizer(starter("smollm2-135m"))
+    ids, learned, _ = text_tokens(tokenizer, {"messages": TURNS}, 2048, "here")
+    assert tokenizer.decode([ids[p] for p in learned]) == "yes?<|im_end|>\nfour<|im_end|>\n"
+    assert ids == tokenizer.apply_chat_template(TURNS)["input_ids"]
+
+
+def test_a_response_is_learned_with_the_end_of_text():
+    tokenizer = tiny_tokenizer()
+    ids, learned, _ = text_tokens(tokenizer, {"prompt": "2+2=", "response": "4"}, 100, "here")
+    assert tokenizer.decode(ids) == "2+2=4</s>" and tokenizer.decode([ids[p] for p in learned]) == "4</s>"
+
+
+def test_chats_that_cant_be_marked_are_refused():
+    with pytest.raises(UsageError, match="no chat template"):
+        text_tokens(tiny_tokenizer(), {"messages": TURNS}, 100, "here")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT
+    with pytest.raises(UsageError, match="here: the chat template rewrites"):
+        text_tokens(tokenizer, {"messages": TURNS}, 100, "here")
+    with pytest.raises(UsageError, match="--max_length 1"):
+        text_tokens(tokenizer, {"prompt": "2+2=", "response": "4"}, 1, "here")
