@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from tasks import TASKS, Own
-from utils import UsageError
+from utils import UsageError, cpu_has_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ DEFAULTS = {
 # Flags that a rerun may change without becoming another run: where and how often something is written or shown.
 INCIDENTAL = {
     "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
-    "save_merged",
+    "save_merged", "zo_check", "replay", "replay_steps",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
     "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
@@ -108,6 +108,22 @@ class OurArguments(TrainingArguments):
     train_as_classification: bool = flag(False, "training", "the loss is cross-entropy over the options")
     zo_eps: float | None = flag(None, "training", "perturbation ε of zo (default: by mode)")
     zo_normalize: bool = flag(False, "training", "divide g by the root of its running mean square")
+    zo_queries: int = flag(1, "training", "directions a step, whose updates are averaged")
+    zo_distribution: str = flag(
+        "gaussian", "training", "of directions: gaussian or rademacher (±1)", choices=["gaussian", "rademacher"]
+    )
+    zo_optim: str = flag(
+        "sgd", "training", "sgd, momentum (0.9) or adamw, for adapters", choices=["sgd", "momentum", "adamw"]
+    )
+    zo_batched: str = flag(
+        "auto", "training", "both signs and all queries in one forward: auto, on or off", choices=["auto", "on", "off"]
+    )
+    zo_method: str = flag("mezo", "training", "mezo, lozo, or file.py:Name with a subclass of zo.Method")
+    zo_check: bool = flag(False, "training", "measure first whether zo_eps, learning rate and precision fit")
+    replay: str | None = flag(
+        None, "training", "rebuild the weights of a run from its trajectory.safetensors; the flags are those of the run"
+    )
+    replay_steps: int | None = flag(None, "training", "with --replay: so many steps (default: the run's result)")
     overwrite: bool = flag(False, "training", "remove the checkpoints of an earlier run in --output_dir")
     save_model: bool = flag(False, "training", "write the trained model or adapter into --output_dir")
     save_merged: bool = flag(
@@ -199,6 +215,12 @@ class OurArguments(TrainingArguments):
             "--template and the other flags of own data need --task_name own": self.own != Own()
             and self.task_name != "own",
             "--predictions and --no_eval: no example is evaluated": self.predictions and self.no_eval,
+            f"--zo_optim {self.zo_optim} needs --lora or --xgblora: it keeps state for every element": zo
+            and self.zo_optim != "sgd"
+            and not adapters,
+            "--zo_check needs --trainer zo": self.zo_check and not zo,
+            "--replay needs the flags of its run, --trainer zo among them": self.replay and not zo,
+            "--replay_steps needs --replay": self.replay_steps is not None and not self.replay,
             "--prefix_tuning is not available yet": self.prefix_tuning,
             "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
             "--resume_from_checkpoint is not needed: the same command goes on by itself": self.resume_from_checkpoint,
@@ -212,7 +234,7 @@ class OurArguments(TrainingArguments):
             if broken:
                 raise UsageError(message)
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
-        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1}
+        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -225,6 +247,27 @@ class OurArguments(TrainingArguments):
                 raise UsageError(f"--{name} is {value}, but must be a positive number")
         if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise UsageError(f"--learning_rate is {self.learning_rate}, but must be a number, 0 or more")
+
+    def announce(self) -> None:
+        """The settings that matter, as they took effect, and the fast dtype of this machine."""
+        logger.info("task %s, model %s in %s, mode %s, trainer %s, seed %d", self.task_name, self.model_name,
+                    str(self.dtype).removeprefix("torch."), self.mode, self.trainer, self.seed)  # fmt: skip
+        if self.trainer != "none":
+            logger.info("learning rate %g (%s), eps %s, batch %d", self.learning_rate, self.lr_scheduler_type.value,
+                        self.zo_eps, self.per_device_train_batch_size)  # fmt: skip
+        if self.lora or self.xgblora:
+            logger.info(
+                "adapters: rank %d, alpha %g%s", self.lora_r, self.lora_alpha, ", B only" if self.lora_freeze_a else ""
+            )
+        if self.xgblora and self.lora:
+            logger.info("--xgblora takes the place of --lora")
+        if self.device.type == "cpu":
+            fast = cpu_has_bf16()
+            if fast != self.load_bfloat16:
+                name = "--load_bfloat16" if fast else "float32 (no --load_bfloat16)"
+                logger.info(
+                    "this CPU %s bfloat16 in hardware: %s is the fast choice here", "has" if fast else "has no", name
+                )
 
     def choose_best_by(self, metric: str) -> None:
         """Take the task's metric to choose the best checkpoint by, where no flag says otherwise."""

@@ -48,6 +48,9 @@ class LoRALinear(nn.Module):
 
     `weight` and `bias` are the base layer's own parameters under their own names. `lora_A` [r, in] and `lora_B`
     [out, r] are fp32 whatever the base's dtype; activations are cast. scaling = alpha / r.
+
+    `deltas` = (of A [n, r, in] or None, of B [n, out, r]): the batch holds n copies one behind the other, and copy i
+    sees A and B with perturbation i. None is off.
     """
 
     def __init__(self, base: nn.Module, r: int, alpha: float):
@@ -59,11 +62,17 @@ class LoRALinear(nn.Module):
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=torch.float32))
+        self.deltas: tuple[Tensor | None, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
-        low = nn.functional.linear(x.to(torch.float32), self.lora_A) * self.scaling  # [..., r]
-        return (y + nn.functional.linear(low, self.lora_B)).to(y.dtype)
+        A, B, x = self.lora_A, self.lora_B, x.to(torch.float32)
+        if self.deltas is None:
+            low = nn.functional.linear(x, A) * self.scaling  # [..., r]
+            return (y + nn.functional.linear(low, B)).to(y.dtype)
+        A, B = (p if delta is None else p + delta for p, delta in zip((A, B), self.deltas, strict=True))
+        low = x.view(len(B), -1, x.shape[-1]) @ A.mT * self.scaling  # [n, tokens, r]
+        return (y + (low @ B.mT).view(y.shape)).to(y.dtype)
 
     def oriented(self, delta: Tensor) -> Tensor:
         """A delta [out, in] as the weight lies."""
@@ -126,6 +135,17 @@ class LoRA:
             module.lora_A.copy_(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator))
             module.lora_B.zero_()
             module.lora_A.requires_grad_(not self.freeze_a)
+
+    def spread(self, deltas: list[Tensor] | None) -> None:
+        """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order."""
+        left = iter(deltas or ())
+        for module in self.lora_modules:
+            if deltas is None:
+                module.deltas = None
+            else:
+                device = module.lora_B.device
+                of_a = None if self.freeze_a else next(left).to(device)
+                module.deltas = (of_a, next(left).to(device))
 
     def trained(self) -> bool:
         """Whether the live booster does anything (B ≠ 0)."""

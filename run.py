@@ -31,9 +31,16 @@ from arguments import INCIDENTAL, OurArguments, parse
 from lora import LoRA, adapter_config
 from tasks import GENERATION, OPTIONS, TEXT, get_task
 from trainer import OurTrainer
-from utils import UsageError, cpu_has_bf16, keep_pages, load_tokenizer, prompt_tokens, text_tokens
+from trajectory import Trajectory
+from utils import UsageError, keep_pages, load_tokenizer, prompt_tokens, text_tokens
 
 logger = logging.getLogger("run")
+
+# The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
+REPLAYED = {
+    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "xgblora", "load_float16", "load_bfloat16",
+    "adapter", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
+}  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -49,13 +56,14 @@ class Framework:
     data and prompts are refused before."""
 
     def __init__(self, args: OurArguments, task):
-        self.args, self.task, self.template = args, task, task.get_template()
-        args.choose_best_by(task.metric_name)
-        if task.kind != OPTIONS:
+        self.args, self.task, self.template = args, task, task.get_template() if task else None
+        if task:
+            args.choose_best_by(task.metric_name)
+        if task and task.kind != OPTIONS:
             for flag in ("train_as_classification", "sfc", "icl_sfc"):
                 if getattr(args, flag):
                     raise UsageError(f"--{flag} is for tasks with candidates, but {task.name} has none")
-        if task.kind == TEXT and args.trainer == "none" and args.num_train:
+        if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
             raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
         self.lora_module: LoRA | None = None
         self.trainer: OurTrainer | None = None
@@ -218,7 +226,8 @@ class Framework:
             checkpoint.clear(output_dir)
         found = checkpoint.newest(output_dir)
         if found:
-            checkpoint.refuse_other_run(found, settings)
+            saved = json.loads((found / checkpoint.SETTINGS).read_text())
+            checkpoint.refuse_other_run(output_dir, saved, settings)
         model = self.model
         self.trainer = trainer = OurTrainer(
             model=model,
@@ -235,14 +244,38 @@ class Framework:
         if found and trainer.finished(found):
             logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
         else:
+            if args.zo_check:
+                trainer.check()
             if found:
                 logger.info("going on from %s", found)
             trainer.train(resume_from_checkpoint=str(found) if found else None)
         if args.xgblora and self.lora_module.trained():
             trainer.merge()
+        trainer.save_trajectory()
         if args.save_model:
             trainer.save_model(str(output_dir))
         model.eval()
+
+    def replay(self, path: str, output_dir: Path) -> None:
+        """Rebuild the weights of a run from its trajectory, and write them to its output directory."""
+        try:
+            trajectory = Trajectory.load(path)
+        except ValueError as error:
+            raise UsageError(f"--replay {error}") from error
+        about, args = trajectory.about, copy.copy(self.args)
+        args.output_dir = str(output_dir)
+        ours = self.settings([], [])
+        checkpoint.refuse_other_run(path, {k: v for k, v in about["settings"].items() if k in REPLAYED},
+                                    {k: v for k, v in ours.items() if k in REPLAYED})  # fmt: skip
+        steps = about["steps"] if args.replay_steps is None else args.replay_steps
+        if steps > len(trajectory.coefficients):
+            raise UsageError(f"--replay_steps {steps}: {path} holds {len(trajectory.coefficients)} steps")
+        trainer = OurTrainer(model=self.model, args=args, processing_class=self.tokenizer, loss_fn=None)
+        trainer.lora_module = self.lora_module
+        trainer.replay(trajectory, steps)
+        if args.xgblora and self.lora_module.trained():
+            trainer.merge()
+        trainer.save_model(str(output_dir))
 
     def settings(self, train_samples, dev_samples) -> dict:
         """What makes this run this run: model, rows, and every flag that is not incidental."""
@@ -250,7 +283,7 @@ class Framework:
         if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
-        kept |= {"data": self.task.fingerprint, "rows": checkpoint.fingerprint(rows)}
+        kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
         kept["model"] = checkpoint.fingerprint([config, checkpoint.weights(self.args.model_name)])
         return json.loads(json.dumps(kept, default=str))
@@ -343,26 +376,14 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     return measured
 
 
-def announce(args: OurArguments) -> None:
-    """The settings that matter, as they took effect, and the fast dtype of this machine."""
-    logger.info("task %s, model %s in %s, mode %s, trainer %s, seed %d", args.task_name, args.model_name,
-                str(args.dtype).removeprefix("torch."), args.mode, args.trainer, args.seed)  # fmt: skip
-    if args.trainer != "none":
-        logger.info("learning rate %g (%s), eps %s, batch %d", args.learning_rate, args.lr_scheduler_type.value,
-                    args.zo_eps, args.per_device_train_batch_size)  # fmt: skip
-    if args.lora or args.xgblora:
-        logger.info(
-            "adapters: rank %d, alpha %g%s", args.lora_r, args.lora_alpha, ", B only" if args.lora_freeze_a else ""
-        )
-    if args.xgblora and args.lora:
-        logger.info("--xgblora takes the place of --lora")
-    if args.device.type == "cpu":
-        fast = cpu_has_bf16()
-        if fast != args.load_bfloat16:
-            name = "--load_bfloat16" if fast else "float32 (no --load_bfloat16)"
-            logger.info(
-                "this CPU %s bfloat16 in hardware: %s is the fast choice here", "has" if fast else "has no", name
-            )
+def replay(args: OurArguments) -> int:
+    """`--replay`: the trained weights again, from the pretrained model and a few kilobytes."""
+    start, output_dir = time.perf_counter(), args.run_dir(args.train_set_seed or args.seed)
+    args.announce()
+    with checkpoint.locked(output_dir):
+        Framework(args, None).replay(args.replay, output_dir)
+    logger.info("%s: rebuilt in %.1f s", output_dir, time.perf_counter() - start)
+    return 0
 
 
 def main(argv=None) -> int:
@@ -370,10 +391,12 @@ def main(argv=None) -> int:
     keep_pages()
     try:
         args = parse(argv)
+        if args.replay:
+            return replay(args)
         task = get_task(args.task_name, args.data_dir, args.own, args.metric)
         sets = draw(args, task)
         path = results.path_of(args, [seed for seed, _, _ in sets])
-        announce(args)
+        args.announce()
         measured = []
         for one in sets:
             measured.append(run_set(args, task, *one))

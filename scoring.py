@@ -226,44 +226,52 @@ def prefix_cache(model: nn.Module, ids: list[int]) -> Cache:
     return Cache(layers=layers)
 
 
-def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
-    """[T] fp32: log-probability of every option token of a packed batch; one forward."""
-    if "end" in batch:
-        cached = cache.get_seq_length() if cache else 0
-        mask = attention_mask(batch["end"], cached, model.dtype)
-        inputs = {"attention_mask": mask, "position_ids": batch["position_ids"], "past_key_values": cache}
-    else:
-        inputs = {"attention_mask": batch["attention_mask"]}
+def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
+    """[copies, T] fp32: log-probability of every option token of a packed batch; one forward.
 
-    def read(head, args):  # hidden states [R, N, D] -> [1, M, D]: what a model does to its logits stays in its hands
-        return (args[0][batch["read_row"], batch["read_column"]].unsqueeze(0), *args[1:])
+    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own.
+    """
+    ids, columns = batch["input_ids"], batch["read_column"]
+    if "end" in batch:
+        mask = attention_mask(batch["end"], cache.get_seq_length() if cache else 0, model.dtype)
+        positions = batch["position_ids"].repeat(copies, 1)
+        inputs = {"attention_mask": mask.repeat(copies, 1, 1, 1), "position_ids": positions, "past_key_values": cache}
+    else:
+        inputs = {"attention_mask": batch["attention_mask"].repeat(copies, 1)}
+
+    def read(head, args):  # hidden states [copies · R, N, D] -> [copies, M, D]: the logits stay in the model's hands
+        return (args[0].unflatten(0, (copies, -1))[:, batch["read_row"], columns], *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(read)
     try:
-        logits = model(input_ids=batch["input_ids"], use_cache=False, **inputs).logits[0].float()  # [M, V]
+        logits = model(input_ids=ids.repeat(copies, 1), use_cache=False, **inputs).logits.float()  # [copies, M, V]
     finally:
         hook.remove()
-    return logits[batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[batch["token_read"]]
+    return logits[:, batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[:, batch["token_read"]]
 
 
-def option_sums(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
-    """[O] fp32: log-probability of every option."""
-    logprobs = token_logprobs(model, batch, cache)
-    return logprobs.new_zeros(len(batch["option_lens"])).index_add(0, batch["token_option"], logprobs)
+def option_sums(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
+    """[copies, O] fp32: log-probability of every option."""
+    logprobs = token_logprobs(model, batch, cache, copies)
+    return logprobs.new_zeros(copies, len(batch["option_lens"])).index_add(1, batch["token_option"], logprobs)
 
 
-def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool) -> Tensor:
-    """0-dim fp32 training loss of a packed batch.
+def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copies: int | None = None) -> Tensor:
+    """0-dim fp32 training loss of a packed batch; with `copies`, [copies] of them, see `token_logprobs`.
 
     `classification`: cross-entropy over the options of each example, whose scores are the mean log-probabilities of
     their tokens. Otherwise language modelling: the mean negative log-probability of all option tokens of the batch.
     """
+    n = copies or 1
     if not classification:
-        return -token_logprobs(model, batch).mean()
-    means = option_sums(model, batch) / batch["option_lens"]
-    shape = (len(batch["label"]), int(batch["option_index"].max()) + 1)
-    scores = means.new_full(shape, -torch.inf).index_put((batch["option_example"], batch["option_index"]), means)
-    return nn.functional.cross_entropy(scores, batch["label"])
+        losses = -token_logprobs(model, batch, copies=n).mean(1)
+    else:
+        means = option_sums(model, batch, copies=n) / batch["option_lens"]
+        scores = means.new_full((n, len(batch["label"]), int(batch["option_index"].max()) + 1), -torch.inf)
+        scores[:, batch["option_example"], batch["option_index"]] = means
+        each = nn.functional.cross_entropy(scores.flatten(0, 1), batch["label"].repeat(n), reduction="none")
+        losses = each.unflatten(0, (n, -1)).mean(1)
+    return losses if copies else losses[0]
 
 
 def batches(forest: Sequence[Tree], tokens: int, reads: int) -> Iterator[list[Tree]]:
@@ -296,7 +304,7 @@ def score(
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
         for group in batches(trees(examples, plain, start), budget, READS):
             batch = {name: tensor.to(device) for name, tensor in layout(examples, group, plain).items()}
-            sums |= zip(options(group), option_sums(model, batch, cache).tolist(), strict=True)
+            sums |= zip(options(group), option_sums(model, batch, cache)[0].tolist(), strict=True)
             bar.update(sum(k == 0 for _, k in options(group)))
     scores = [[sums[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
     if any(value != value for values in scores for value in values):

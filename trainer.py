@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,16 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 import checkpoint
+import scoring
+from check import advice, check
+from methods import get_method
+from trajectory import Trajectory
 from zo import ZerothOrder
 
 logger = logging.getLogger(__name__)
+
+BUSY = 128  # tokens of a batch that keep a CPU's matrix products busy
+TRAJECTORY = "trajectory.safetensors"
 
 
 class BoostingCallback(TrainerCallback):
@@ -45,7 +53,7 @@ class OurTrainer(Trainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
     Args (besides the Trainer's):
-        loss_fn(model, inputs) -> 0-dim fp32 tensor.
+        loss_fn(model, inputs, copies=None) -> 0-dim fp32 tensor; with `copies`, [copies] losses of as many copies.
         evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
@@ -59,6 +67,7 @@ class OurTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
         self.zeroth_order = self.args.trainer == "zo"
+        self.method = get_method(self.args.zo_method)(self.args.zo_queries)
         if self.args.xgblora:
             self.add_callback(BoostingCallback(self))
 
@@ -77,8 +86,10 @@ class OurTrainer(Trainer):
             ]
             args = self.args
             self.zo = self.optimizer = ZerothOrder(
-                groups, args.learning_rate, args.zo_eps, args.seed,
-                clip=args.max_grad_norm, normalize=args.zo_normalize, host=adapters,
+                groups, args.learning_rate, args.zo_eps, args.seed, clip=args.max_grad_norm,
+                normalize=args.zo_normalize, master=adapters, method=self.method,
+                distribution=args.zo_distribution, optim=args.zo_optim,
+                spread=self.lora_module.spread if adapters else None,
             )  # fmt: skip
         return self.optimizer
 
@@ -89,8 +100,28 @@ class OurTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         weight = 1 / self.current_gradient_accumulation_steps
         with self.compute_loss_context_manager():
-            loss = self.zo.estimate(lambda: self.loss_fn(model, inputs), weight)
+            loss = self.zo.estimate(partial(self.loss_fn, model, inputs), weight, self.copies(inputs))
         return torch.tensor(loss * weight, device=self.args.device)
+
+    def check(self) -> None:
+        """`--zo_check`: measure on the first batch, and say what would be better."""
+        self.create_optimizer()
+        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        self.model.eval()
+        for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
+            logger.info(line)
+
+    def copies(self, inputs) -> int:
+        """How many points one forward serves: a function of device and tokens, so that a resume chooses the same.
+
+        On a CPU adapters gain where a batch is too short to keep the matrix products busy (bench/step.py); full
+        parameters always, because z of a block then serves all points.
+        """
+        tokens, points = inputs["input_ids"].numel(), len(self.method.points())
+        cpu = self.args.device.type == "cpu"
+        off = self.args.zo_batched == "off"
+        auto = self.args.zo_batched == "auto" and self.zo.master and cpu and tokens > BUSY
+        return 1 if off or auto else max(1, min(points, scoring.TOKENS // tokens))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss_fn(model, inputs)
@@ -102,7 +133,7 @@ class OurTrainer(Trainer):
         """Under `zo` the log's `grad_norm` is |g| of the coming update, before clip and normaliser."""
         if not self.zeroth_order:
             return super()._get_grad_norm(model, grad_norm)
-        return abs(self.zo.losses[0] - self.zo.losses[1]) / (2 * self.zo.eps)
+        return self.zo.projected_grad
 
     def log(self, logs, start_time=None):
         if self.zeroth_order and "loss" in logs and self.zo.scalars["skipped"]:
@@ -119,14 +150,15 @@ class OurTrainer(Trainer):
         if self.optimizer is None:  # a finished run, loaded again
             return
         if self.zeroth_order:
-            self.zo.load_master()
+            self.zo.restart()
         else:
             self.optimizer.optimizer.state.clear()
 
     @property
     def forward_passes(self) -> int:
         """Forward passes over a batch that the steps so far took (a regular step adds a backward pass to each)."""
-        return (2 if self.zeroth_order else 1) * self.state.global_step * self.args.gradient_accumulation_steps
+        points = len(self.method.points()) if self.zeroth_order else 1
+        return points * self.state.global_step * self.args.gradient_accumulation_steps
 
     def finished(self, found) -> bool:
         """Whether a checkpoint is the end of this run; if so its state, and the best weights where asked, are taken."""
@@ -157,6 +189,26 @@ class OurTrainer(Trainer):
             self.lora_module.save_pretrained(output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
+
+    def replay(self, trajectory: Trajectory, steps: int) -> None:
+        """Take the first steps of a run again, merges included, without data and without a forward pass."""
+        self.create_optimizer()
+        merges = [step for step in trajectory.about["merges"] if step <= steps]
+        for first, last in itertools.pairwise(sorted({0, *merges, steps})):
+            self.zo.replay(trajectory, range(first, last))
+            self.state.global_step = last
+            if last in merges:
+                self.merge()
+
+    def save_trajectory(self) -> None:
+        """Write what rebuilds the run's result (the best checkpoint's step, where it was taken) without its data."""
+        if not (self.zeroth_order and self.method.replayable) or self.optimizer is None:  # finished before
+            return
+        merges = [entry["step"] for entry in self.state.log_history if entry.get("merged_booster") and entry["step"]]
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        steps = best or self.state.global_step
+        about = {"settings": self.settings, "merges": merges, "steps": steps}
+        self.zo.trajectory.save(Path(self.args.output_dir) / TRAJECTORY, **about)
 
     def _get_output_dir(self, trial):
         return str(self._staging or self.args.output_dir)

@@ -3,103 +3,130 @@
     zo = ZerothOrder(model, lr=1e-3, eps=1e-2, seed=0)      # every parameter that requires a gradient
     for batch in loader:
         loss = zo.step(lambda: loss_fn(model, batch))       # two forwards, one update; returns (l+ + l-)/2
+    zo.trajectory.save("trajectory.safetensors")            # the run: a seed and a number a step; zo.replay rebuilds it
 
-One idea: the trained weights live in fp32 master values that are never perturbed. The model is shown master ± εz and
-gets the master's bits back, so a step without an update changes nothing, in any dtype. z is a pure function of (seed,
-step, element index) from a counter hash: nothing is stored, no global generator is touched, and a resumed run draws
-what an uninterrupted one would have drawn. `ZerothOrder` is a `torch.optim.Optimizer`, so that learning rate
-schedulers, parameter groups and state_dict work as usual. It knows nothing of tasks or of the Hugging Face Trainer.
+One idea: the trained weights are never perturbed. Where few elements are trained, an fp32 master on the host holds
+them, the model is shown master ± εz and gets the master's bits back. Where most are, z is generated in blocks inside
+the forward (streaming.py), and there is no second copy. So a step without an update changes nothing, in any dtype. z is
+a pure function of (seed, step, query, element): a resumed run draws what an uninterrupted one would have drawn.
+`ZerothOrder` is a `torch.optim.Optimizer`: learning rate schedulers, parameter groups and state_dict work as usual.
+
+A method of another paper is a subclass of `Method`: where directions come from, at which points the loss is asked for,
+and how losses become an update. One-sided differences, each query against the same point, are
+
+    class OneSided(Method):
+        def points(self):
+            return [(0, 0.0), *((q, 1.0) for q in range(self.queries))]
+
+        def projected(self, losses, eps):
+            return [(loss - losses[0]) / eps for loss in losses[1:]]
+
+and methods.py has low-rank directions for full weights (LOZO), on the same seam.
 """
 
-import functools
-import hashlib
+import logging
 import math
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-BLOCK = 1 << 20  # elements of z at a time: a block's temporaries stay in the cache
+import directions
+from streaming import NoCopies, Streamed
+from trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
 PATIENCE = 50  # non-finite losses in a row before giving up
+DECAY = 0.98  # of the running mean square of the projected gradient
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss was NaN or infinite for PATIENCE steps in a row."""
 
 
-@functools.cache
-def normal_table() -> Tensor:
-    """[65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of 2^-19.
-
-    A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the last bits
-    of a machine's libm could move it (tests/test_zo.py), so the table has the same bits everywhere.
-    """
-    upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
-    scale = math.sqrt(32768 / math.fsum(x * x for x in upper))
-    steps = torch.tensor([round(x * scale * 2**19) for x in upper])
-    return (torch.cat((-steps.flip(0), steps)) / 2**19).float()
-
-
-def direction_key(*counter: int) -> tuple[int, int]:
-    """Two 32-bit keys of (seed, step, ...), as signed integers: different counters give unrelated streams."""
-    digest = hashlib.blake2b(",".join(map(str, counter)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
-
-
-def hash32(counter: Tensor, keys: tuple[int, int]) -> Tensor:
-    """A 32-bit mixing hash of an int32 counter under two keys, in place; products wrap.
-
-    Three rounds of xor-shift and odd multiplication (constants of C. Wellons' `triple32` search), the second key
-    added between them, so that two streams are not the same numbers in another order.
-    """
-    x = counter.mul_(-1640531527).add_(keys[0])
-    for shift, multiplier, key in ((17, -312814405, keys[1]), (11, -1404298415, keys[0]), (15, 830770091, keys[1])):
-        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier).add_(key)
-    return x.bitwise_xor_((x >> 14).bitwise_and_((1 << 18) - 1))
-
-
-def gaussian(counter: tuple[int, ...], start: int, count: int, device="cpu") -> Tensor:
-    """Elements start … start+count-1 of the direction of `counter` = (seed, step, ...): [count] fp32, N(0, 1).
-
-    One hash gives two elements, each a 16-bit look-up into the normal table: integer operations and a gather, so the
-    same bits on every device, whatever the blocks. The index above 2^32 goes into the key.
-    """
-    table = normal_table().to(device)
-    out = torch.empty(count, device=device)
-    done = 0
-    while done < count:
-        pair = (start + done) // 2
-        high, low = pair >> 30, pair & ((1 << 30) - 1)
-        skip = (start + done) % 2
-        pairs = min((count - done + skip + 1) // 2, BLOCK // 2, (1 << 30) - low)
-        bits = hash32(torch.arange(low, low + pairs, dtype=torch.int32, device=device), direction_key(*counter, high))
-        index = torch.stack((bits & 0xFFFF, (bits >> 16).bitwise_and_(0xFFFF)), dim=1).flatten()[skip:]
-        n = min(len(index), count - done)
-        torch.index_select(table, 0, index[:n], out=out[done : done + n])
-        done += n
-    return out
-
-
 @dataclass
-class Block:
-    """Parameters whose fp32 master values lie in one flat buffer; `offset` is where their elements start in z."""
+class Slot:
+    """One trained tensor; its elements are in z from `offset` on. With a master, one for all parameters of a group."""
 
-    params: list[Tensor]
-    master: Tensor  # [n]
+    param: Tensor
     offset: int
-    group: int  # index of the parameter group
-    z: Tensor | None = None
+    group: int
+    decayed: float = 0.0  # weight decay λ
+    parts: list[Tensor] = field(default_factory=list)  # with a master: the parameters that it holds
+    z: dict[int, Tensor] = field(default_factory=dict)  # with a master: of the queries of this step
+
+    @property
+    def matrix(self) -> Tensor:
+        """The tensor with rows along its first axis."""
+        return self.param if self.param.dim() else self.param.view(1)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.matrix[0].numel()
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat [n] as views in the shapes of the parameters."""
-        pieces = flat.split([p.numel() for p in self.params])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+        """A flat [n] as views in the shapes of the parameters that a master holds."""
+        pieces = flat.split([p.numel() for p in self.parts])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parts, strict=True)]
 
     def write(self, flat: Tensor) -> None:
-        for p, values in zip(self.params, self.split(flat), strict=True):
+        for p, values in zip(self.parts, self.split(flat), strict=True):
             p.copy_(values)
+
+    def blocks(self) -> list[range]:
+        """The rows of the tensor in blocks of about `directions.BLOCK` elements."""
+        step = max(1, directions.BLOCK // self.width)
+        n = len(self.matrix)
+        return [range(first, min(first + step, n)) for first in range(0, n, step)]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The source of directions: elements of variance 1 by (seed, counter), see directions.py."""
+
+    seed: int
+    distribution: str = "gaussian"
+
+    def rows(self, counter: tuple, offset: int, width: int, rows: range | Tensor, device) -> Tensor:
+        """[len(rows), width] fp32: rows of a matrix whose first element is number `offset` of a direction."""
+        counter = (self.seed, *counter)
+        if isinstance(rows, range):
+            start, count = offset + rows.start * width, len(rows) * width
+            return directions.stretch(self.distribution, counter, start, count, device).view(len(rows), width)
+        return directions.rows(self.distribution, counter, offset, width, rows)
+
+
+class Method:
+    """Plain MeZO with n queries, and the seam on which other methods stand.
+
+    `points()`: [(query, factor)], the loss is asked for at θ + factor · ε · z_query. `projected(losses, eps)`: one
+    projected gradient a query, of those losses. `direction(…)`: rows of z_query of one tensor. `update(values, zs)`:
+    the new values of some rows, from [(coefficient, rows of z)], in place; the coefficient holds rate, clip and
+    normaliser, and is what a trajectory keeps of a step. A method whose update needs more has `replayable = False`.
+    """
+
+    replayable = True
+
+    def __init__(self, queries: int = 1):
+        self.queries = queries
+
+    def points(self) -> list[tuple[int, float]]:
+        return [(query, sign) for query in range(self.queries) for sign in (1.0, -1.0)]
+
+    def projected(self, losses: list[float], eps: float) -> list[float]:
+        return [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
+
+    def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows: range | Tensor, device) -> Tensor:
+        return noise.rows((step, query), slot.offset, slot.width, rows, device)
+
+    def update(self, values: Tensor, zs: list[tuple[float, Tensor]]) -> None:
+        for coefficient, z in zs:
+            values.sub_(z * coefficient)  # rounded twice: `alpha=` would fuse on some CPUs and give other bits
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -113,103 +140,163 @@ class ZerothOrder(torch.optim.Optimizer):
         clip: bound on |g|, applied before normalising; 0 is off.
         normalize: divide g by the root of a running mean of g² (decay 0.98, bias-corrected), so that η is the length
             of a step along one coordinate.
-        host: keep the master and z on the host, in one flat buffer a group; by default where fewer than a tenth of a
-            module's elements are trained.
+        master: keep the weights and z in fp32 on the host, in one flat buffer a group; by default where fewer than a
+            tenth of a module's elements are trained. Otherwise no copy is kept: half-precision weights are updated by
+            stochastic rounding, so that the expected update is the exact one.
+        method: a `Method` (default: MeZO with `queries` directions a step, whose updates are averaged).
+        distribution: of z, "gaussian" or "rademacher" (±1, a tenth of the price).
+        optim: "sgd", or with a master "momentum" (0.9) or "adamw": the estimate goes to torch.optim as a gradient.
+        spread: with a master, called with one [copies, …] perturbation per parameter, or None, so that one forward can
+            serve several points (`copies` of `estimate`); `LoRA.spread` is one.
 
     `step(closure)` does it all. A loop that accumulates micro-batches calls `estimate(closure, weight)` for each of
-    them, all with the same z, then `step()`. The closure takes no argument and returns a loss (a tensor or a float)
-    of the module as it stands; it runs without autograd. Restores the weights if the closure raises.
+    them, all with the same z, then `step()`. The closure takes no argument and returns a loss (a tensor or a float) of
+    the module as it stands; it runs without autograd. Restores the weights if the closure raises.
 
     Raises ValueError for eps <= 0 or parameters without storage, NonFiniteLoss after 50 non-finite losses in a row.
     """
 
-    DECAY = 0.98
-
-    def __init__(self, params, lr=1e-3, eps=1e-3, seed=0, weight_decay=0.0, clip=0.0, normalize=False, host=None):
+    def __init__(
+        self, params, lr=1e-3, eps=1e-3, seed=0, weight_decay=0.0, clip=0.0, normalize=False, master=None, method=None,
+        queries=1, distribution="gaussian", optim="sgd", spread=None,
+    ):  # fmt: skip
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps must be a positive number, not {eps}")
-        if isinstance(params, nn.Module):
+        self.module = params if isinstance(params, nn.Module) else None
+        if self.module is not None:
             total = sum(p.numel() for p in params.parameters())
             params = [p for p in params.parameters() if p.requires_grad]
-            host = 10 * sum(p.numel() for p in params) < total if host is None else host
+            master = 10 * sum(p.numel() for p in params) < total if master is None else master
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.eps, self.seed, self.clip, self.normalize = eps, seed, clip, normalize
         if any(p.is_meta for group in self.param_groups for p in group["params"]):
             raise ValueError("a parameter to train has no storage (it is on the meta device, offloaded)")
+        self.eps, self.clip, self.normalize, self.master, self.spread = eps, clip, normalize, bool(master), spread
+        self.method, self.noise = method or Method(queries), Noise(seed, distribution)
         self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0}
-        self.projected_grad = math.nan  # of the last step, before clip and normaliser
-        self.losses = [0.0, 0.0]  # at θ+εz and θ−εz, of the micro-batches so far
-        self.host = bool(host)
-        self.blocks = self._allocate()
+        self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
+        self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
+        self.trajectory, self.one_by_one = Trajectory(), False
+        self.slots = self._slots()
         self.load_master()
+        self.inner = None
+        if optim != "sgd":
+            if not self.master:
+                raise ValueError(f"optim {optim!r} needs a master: it keeps state for every element")
+            kinds = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
+            kind, more = kinds[optim]
+            groups = [{"params": [slot.param], "weight_decay": slot.decayed} for slot in self.slots]
+            self.inner = kind(groups, lr=lr, **more)
 
-    def _allocate(self) -> list["Block"]:
-        """On the host one flat master a group, else one a parameter, beside it."""
-        blocks, offset = [], 0
+    def _slots(self) -> list[Slot]:
+        slots, offset = [], 0
         for index, group in enumerate(self.param_groups):
-            for params in [group["params"]] if self.host else [[p] for p in group["params"]]:
-                size = sum(p.numel() for p in params)
-                master = torch.empty(size, device="cpu" if self.host else params[0].device)
-                blocks.append(Block(params, master, offset, index))
+            if self.master:
+                size = sum(p.numel() for p in group["params"])
+                slots.append(Slot(torch.empty(size), offset, index, group["weight_decay"], parts=group["params"]))
                 offset += size
-        return blocks
+            else:
+                for p in group["params"]:
+                    slots.append(Slot(p, offset, index, group["weight_decay"]))
+                    offset += p.numel()
+        return slots
 
     @torch.no_grad()
     def load_master(self) -> None:
         """Read the parameters as they stand into the fp32 master; call it after writing to them from outside."""
-        for block in self.blocks:
-            for p, values in zip(block.params, block.split(block.master), strict=True):
+        for slot in self.slots:
+            for p, values in zip(slot.parts, slot.split(slot.param) if slot.parts else (), strict=True):
                 values.copy_(p)
+
+    def restart(self) -> None:
+        """`load_master`, and momentum begins anew: after a merge, whose adapters are others than before."""
+        self.load_master()
+        if self.inner:
+            self.inner.state.clear()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the master's bits into the parameters."""
-        for block in self.blocks:
-            block.write(block.master)
+        for slot in self.slots:
+            if slot.parts:
+                slot.write(slot.param)
 
-    def direction(self, block: "Block") -> Tensor:
-        """z of a block in this step, [n] fp32; kept for the step where it is small, generated anew where it is not."""
-        if block.z is not None:
-            return block.z
-        counter = (self.seed, self.scalars["step"])
-        z = gaussian(counter, block.offset, block.master.numel(), block.master.device)
-        if self.host:
-            block.z = z
-        return z
+    def direction(self, slot: Slot, query: int, rows: range | Tensor) -> Tensor:
+        """Rows of z of a tensor in this step, fp32, of its shape; kept for the step where there is a master."""
+        step = self.scalars["step"]
+        if not self.master:
+            z = self.method.direction(self.noise, slot, step, query, rows, slot.param.device)
+            return z.view(len(rows), *slot.matrix.shape[1:])
+        if query not in slot.z:
+            whole = range(len(slot.param))
+            slot.z[query] = self.method.direction(self.noise, slot, step, query, whole, "cpu").view(-1)
+        return slot.z[query]
 
-    @torch.no_grad()
-    def perturb(self, scale: float) -> None:
-        """Write master + scale·z into the parameters. The product is rounded before the sum: `alpha=` would fuse."""
-        for block in self.blocks:
-            block.write((self.direction(block) * scale).add_(block.master))
+    # ---- a step ----
 
-    def estimate(self, closure: Callable[[], Tensor | float], weight: float = 1.0) -> float:
-        """Add this micro-batch's losses, times `weight`, to both sides; returns (ℓ₊+ℓ₋)/2 of it. Two forwards."""
-        both = []
+    def estimate(self, closure: Callable, weight: float = 1.0, copies: int = 1) -> float:
+        """Add this micro-batch's losses, times `weight`, to those of all points; returns their mean."""
+        found = self.losses_at(self.method.points(), closure, copies)
+        self.losses = [total + weight * value for total, value in zip(self.losses, found, strict=True)]
+        return math.fsum(found) / len(found)
+
+    def losses_at(self, points: list[tuple[int, float]], closure: Callable, copies: int = 1) -> list[float]:
+        """The loss at θ + factor · ε · z_query for each (query, factor); the weights are restored.
+
+        With `copies` > 1 that many points are served by one forward: the closure is called with `copies=` their number
+        and returns as many losses, [copies], each of its own copy of the batch.
+        """
+        copies = 1 if self.one_by_one else copies
+        found: list[float] = []
         try:
-            for sign in (1, -1):
-                self.perturb(sign * self.eps)
-                with torch.inference_mode():
-                    both.append(float(closure()))
+            with torch.inference_mode():
+                for first in range(0, len(points), copies):
+                    group = [(query, factor * self.eps) for query, factor in points[first : first + copies]]
+                    ask = closure if copies == 1 else partial(closure, copies=len(group))
+                    losses = self._ask(ask, group, copies > 1)
+                    found += [float(losses)] if copies == 1 else losses.tolist()
+        except NoCopies as error:
+            logger.warning("%s: a forward for each point from here on", error)
+            self.one_by_one = True
         finally:
             self.restore()
-        self.losses = [total + weight * value for total, value in zip(self.losses, both, strict=True)]
-        return (both[0] + both[1]) / 2
+        return found if len(found) == len(points) else self.losses_at(points, closure)
 
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> float | None:
-        """Estimate (where a closure is given) and update; returns (ℓ₊+ℓ₋)/2. A non-finite loss updates nothing."""
+    def _ask(self, ask: Callable, group: list[tuple[int, float]], batched: bool):
+        """The loss at a point, or the losses of a group of points, [copies]."""
+        if not self.master:
+            with Streamed(self.slots, group, self.direction):
+                return ask()
+        if not batched:
+            ((query, scale),) = group
+            for slot in self.slots:
+                slot.write((self.direction(slot, query, range(0)) * scale).add_(slot.param))
+            return ask()
+        deltas = []
+        for slot in self.slots:
+            of_points = [slot.split(self.direction(slot, query, range(0)) * scale) for query, scale in group]
+            deltas += [torch.stack(pieces) for pieces in zip(*of_points, strict=True)]
+        try:
+            self.spread(deltas)
+            return ask()
+        finally:
+            self.spread(None)
+
+    def step(self, closure: Callable | None = None) -> float | None:
+        """Estimate (where a closure is given) and update; returns the mean loss. A non-finite loss updates nothing."""
         loss = self.estimate(closure) if closure is not None else None
-        g = self.projected_grad = (self.losses[0] - self.losses[1]) / (2 * self.eps)
-        self.losses = [0.0, 0.0]
+        self.projected_grads = self.method.projected(self.losses, self.eps)
+        self.losses = [0.0] * len(self.losses)
+        finite = [g for g in self.projected_grads if math.isfinite(g)]
         scalars = self.scalars
-        if math.isfinite(g):
-            scalars["in_a_row"] = 0
-            self._update(self._scaled(g))
-        else:
-            scalars["skipped"] += 1
-            scalars["in_a_row"] += 1
-        for block in self.blocks:
-            block.z = None
+        scalars["in_a_row"] = 0 if finite else scalars["in_a_row"] + 1
+        scalars["skipped"] += len(self.projected_grads) > len(finite)
+        n = len(self.projected_grads)
+        scaled = [self._scaled(g) / n if math.isfinite(g) else math.nan for g in self.projected_grads]
+        rates = [group["lr"] for group in self.param_groups]
+        coefficients = [[fp32(g if self.inner else rate * g) for g in scaled] for rate in rates]
+        self._apply(coefficients, rates)
+        decays = any(slot.decayed for slot in self.slots)
+        self.trajectory.append(coefficients, rates, keep_rate=decays or self.inner is not None)
         scalars["step"] += 1
         if scalars["in_a_row"] >= PATIENCE:
             raise NonFiniteLoss(
@@ -218,40 +305,97 @@ class ZerothOrder(torch.optim.Optimizer):
             )
         return loss
 
+    @property
+    def projected_grad(self) -> float:
+        """|g| of the losses at hand or, after a step, of that step: the root of its mean square over the queries."""
+        gs = self.method.projected(self.losses, self.eps) if any(self.losses) else self.projected_grads
+        return math.sqrt(math.fsum(g * g for g in gs) / len(gs)) if gs else math.nan
+
     def _scaled(self, g: float) -> float:
         """g after clip and normaliser."""
         if self.clip:
             g = max(-self.clip, min(self.clip, g))
         if self.normalize:
             scalars = self.scalars
-            scalars["mean_square"] = self.DECAY * scalars["mean_square"] + (1 - self.DECAY) * g * g
-            scalars["weight"] *= self.DECAY
+            scalars["mean_square"] = DECAY * scalars["mean_square"] + (1 - DECAY) * g * g
+            scalars["weight"] *= DECAY
             mean_square = scalars["mean_square"] / (1 - scalars["weight"])
             g = g / math.sqrt(mean_square) if mean_square else 0.0
         return g
 
     @torch.no_grad()
-    def _update(self, g: float) -> None:
-        for block in self.blocks:
-            group = self.param_groups[block.group]
-            if group["weight_decay"]:
-                block.master.mul_(1 - group["lr"] * group["weight_decay"])
-            block.master.sub_(self.direction(block) * (group["lr"] * g))
+    def _apply(self, coefficients: list[list[float]], rates: list[float]) -> None:
+        """Update each group from one coefficient a query (NaN: skipped) and its rate."""
+        for slot in self.slots:
+            queries = [(c, query) for query, c in enumerate(coefficients[slot.group]) if not math.isnan(c)]
+            if queries:
+                update = self._update_master if self.master else self._update_streamed
+                update(slot, queries, rates[slot.group])
         self.restore()
+        for slot in self.slots:
+            slot.z.clear()
+
+    def _update_master(self, slot: Slot, queries: list[tuple[float, int]], rate: float) -> None:
+        zs = [(c, self.direction(slot, query, range(0))) for c, query in queries]
+        if self.inner:
+            slot.param.grad = sum(z * c for c, z in zs)
+            self.inner.param_groups[slot.group]["lr"] = rate
+            if slot is self.slots[-1]:
+                self.inner.step()
+                self.inner.zero_grad()
+            return
+        if slot.decayed:
+            slot.param.mul_(fp32(1 - rate * slot.decayed))
+        self.method.update(slot.param, zs)
+
+    def _update_streamed(self, slot: Slot, queries: list[tuple[float, int]], rate: float) -> None:
+        half = slot.param.dtype != torch.float32
+        for rows in slot.blocks():
+            block = slot.matrix[rows.start : rows.stop]
+            values = block.float()  # itself, where it is fp32
+            if slot.decayed:
+                values.mul_(fp32(1 - rate * slot.decayed))
+            self.method.update(values, [(c, self.direction(slot, query, rows)) for c, query in queries])
+            if half:
+                counter = (self.noise.seed, self.scalars["step"], "rounding")
+                start = slot.offset + rows.start * slot.width
+                rounded = directions.stochastic_round(values.flatten(), slot.param.dtype, counter, start)
+                block.copy_(rounded.view(block.shape))
+
+    def replay(self, trajectory: Trajectory, steps: range) -> None:
+        """Take these steps of a trajectory again, from the weights as they stand: no loss is asked for."""
+        groups = len(self.param_groups)
+        for step in steps:
+            self.scalars["step"] = step
+            rate = trajectory.rates[step] if trajectory.rates else 0.0
+            with torch.no_grad():
+                self._apply([trajectory.coefficients[step]] * groups, [rate] * groups)
+
+    # ---- state ----
 
     def state_dict(self) -> dict:
-        """Groups and the run's scalars; the master only where the parameters themselves can't hold its bits."""
-        kept = {
-            i: block.master
-            for i, block in enumerate(self.blocks)
-            if any(p.dtype != torch.float32 for p in block.params)
-        }
-        return {**super().state_dict(), "zo": dict(self.scalars), "master": kept}
+        """Groups, the run's scalars and coefficients; the master only where the parameters can't hold its bits."""
+        kept = {i: slot.param for i, slot in enumerate(self.slots) if any(p.dtype != torch.float32 for p in slot.parts)}
+        trajectory = {"coefficients": self.trajectory.coefficients, "rates": self.trajectory.rates}
+        inner = self.inner.state_dict() if self.inner else None
+        state = {"zo": dict(self.scalars), "master": kept, "trajectory": trajectory, "inner": inner}
+        return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.scalars.update(state_dict["zo"])
+        self.trajectory = Trajectory(**state_dict["trajectory"])
         self.load_master()
         for i, master in state_dict["master"].items():
-            self.blocks[i].master.copy_(master)
+            self.slots[i].param.copy_(master)
+        if self.inner:
+            self.inner.load_state_dict(state_dict["inner"])
         self.restore()
+
+
+def fp32(value: float) -> float:
+    """The nearest single-precision number."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
@@ -22,6 +23,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+import directions
+from scoring import Example
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parent.parent / "starter"))
@@ -76,6 +80,24 @@ def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>", pad_token="<pad>"
     )
+
+
+def gaussian(counter: tuple, start: int, count: int) -> torch.Tensor:
+    return directions.stretch("gaussian", counter, start, count)
+
+
+def some_examples(n=9, seed=0, beginning=0) -> list[Example]:
+    """Random prompts and options; all begin with the same `beginning` tokens, every third one like the one before."""
+    rng = random.Random(seed)
+    words = lambda k: [rng.randrange(256) for _ in range(k)]  # noqa: E731
+    start, prompt, made = words(beginning), [], []
+    for i in range(n):
+        prompt = prompt[:20] + words(9) if i % 3 == 1 else start + words(rng.randint(1, 30))
+        lens = [rng.randint(1, 4) for _ in range(1 + i % 4)]
+        made.append(Example([prompt + words(k) for k in lens], lens, rng.randrange(len(lens))))
+    a, b, c = start + words(12), words(3), words(1)
+    made.append(Example([a + b, a + b + c, a + b, a + c], [3, 4, 3, 1], 1))  # a prefix, twins, one token
+    return made
 
 
 def write_rows(path: Path, rows) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import VOCABULARY, starter, tiny_model
+from conftest import VOCABULARY, some_examples, starter, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
@@ -33,20 +33,6 @@ def assert_close(scores, reference, tokens=8):
         assert len(row) == len(expected)
         for a, b in zip(row, expected, strict=True):
             assert abs(a - b) <= tokens * 2e-5 + 1e-5 * abs(b)
-
-
-def some_examples(n=9, seed=0, beginning=0) -> list[Example]:
-    """Random prompts and options; all begin with the same `beginning` tokens, every third one like the one before."""
-    rng = random.Random(seed)
-    words = lambda k: [rng.randrange(256) for _ in range(k)]  # noqa: E731
-    start, prompt, made = words(beginning), [], []
-    for i in range(n):
-        prompt = prompt[:20] + words(9) if i % 3 == 1 else start + words(rng.randint(1, 30))
-        lens = [rng.randint(1, 4) for _ in range(1 + i % 4)]
-        made.append(Example([prompt + words(k) for k in lens], lens, rng.randrange(len(lens))))
-    a, b, c = start + words(12), words(3), words(1)
-    made.append(Example([a + b, a + b + c, a + b, a + c], [3, 4, 3, 1], 1))  # a prefix, twins, one token
-    return made
 
 
 @pytest.fixture(scope="module")

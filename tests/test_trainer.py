@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import gaussian
 
 import run
 import scoring
 from lora import LoRA
 from trainer import OurTrainer
-from zo import gaussian
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_20_steps_equal_a_plain_loop(framework, model_dir, mode):
     assert len(made.seen) == 20
     for step, batch in enumerate(made.seen):
         theta = torch.cat([p.flatten() for p in params])
-        z, losses = gaussian((7, step), 0, len(theta)), []
+        z, losses = gaussian((7, step, 0), 0, len(theta)), []
         for shown in (theta + eps * z, theta - eps * z):
             for p, values in zip(params, shown.split(sizes), strict=True):
                 p.copy_(values.view(p.shape))
@@ -91,7 +91,7 @@ def fresh_with_adapters(model_dir, like):
 def test_normalised_steps_have_the_length_of_the_rate(framework):
     made = framework("--trainer zo --lora --zo_normalize --lora_freeze_a --max_steps 1 --learning_rate 0.25")
     update = torch.cat([m.lora_B.flatten() for m in made.lora_module.lora_modules]).detach()
-    z = gaussian((7, 0), 0, len(update))
+    z = gaussian((7, 0, 0), 0, len(update))
     assert torch.allclose(update.abs(), 0.25 * z.abs(), rtol=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_gradient_accumulation_equals_the_big_batch(framework):
 def test_the_log_shows_the_mean_of_both_losses_and_the_projected_gradient(framework):
     made = framework("--trainer zo --lora --max_steps 2 --learning_rate 0 --zo_eps 1e-2")
     model = made.model
-    z = gaussian((7, 0), 0, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    z = gaussian((7, 0, 0), 0, sum(p.numel() for p in model.parameters() if p.requires_grad))
     losses = []
     with torch.no_grad():
         for sign in (1, -1):

@@ -1,68 +1,22 @@
 """The zeroth-order engine: directions are pure functions, nothing drifts, the step is the formula."""
 
+import copy
 import math
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from scipy.stats import kstest
+from conftest import gaussian, some_examples, tiny_model
 from torch import nn
 
-import zo
-from zo import NonFiniteLoss, ZerothOrder, gaussian
-
-N = 1 << 20
-
-
-def test_directions_are_standard_normal():
-    z = gaussian((0, 0), 0, N).double()
-    assert abs(z.mean()) < 5 / math.sqrt(N)
-    assert abs(z.var() - 1) < 5 * math.sqrt(2 / N)
-    assert abs((z**3).mean()) < 5 * math.sqrt(15 / N)
-    assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / N)
-    assert kstest(z.numpy(), "norm").statistic < 1.95 / math.sqrt(N) + 1 / 65536  # 0.1 % level, and the table's grain
-
-
-def test_directions_do_not_correlate_across_elements_steps_and_seeds():
-    z = gaussian((0, 0), 0, N).double()
-    others = {f"lag {lag}": torch.roll(z, lag) for lag in (1, 2, 3, 16, 64, 768, 4096)}
-    others |= {f"step {s}": gaussian((0, s), 0, N).double() for s in (1, 2, 3, 1000)}
-    others |= {f"seed {s}": gaussian((s, 0), 0, N).double() for s in (1, 2, 42)}
-    for name, other in others.items():
-        for power in (1, 2):
-            a, b = z**power - (power - 1), other**power - (power - 1)
-            assert abs((a * b).mean() / (a.std() * b.std())) < 5 / math.sqrt(N), (name, power)
-
-
-def test_directions_over_steps_are_standard_normal_at_one_element():
-    values = torch.stack([gaussian((7, step), 123, 8) for step in range(4000)]).double()
-    for column in values.T:
-        assert kstest(column.numpy(), "norm").pvalue > 1e-4
-    assert (torch.corrcoef(values.T) - torch.eye(8)).abs().max() < 5 / math.sqrt(4000)
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 12345, (1 << 31) - 3, (1 << 33) + 1])
-def test_any_block_of_a_direction_is_the_same_numbers(start, monkeypatch):
-    whole = gaussian((3, 4), start, 5001)
-    assert torch.equal(gaussian((3, 4), start + 17, 1000), whole[17:1017])
-    monkeypatch.setattr(zo, "BLOCK", 64)
-    assert torch.equal(gaussian((3, 4), start, 5001), whole)
-
-
-def test_directions_are_these_bits_on_every_machine():
-    head = (gaussian((42, 7), 0, 6).double() * 2**19).long().tolist()
-    assert head == [328516, -1106768, 187862, -303220, 1129568, 487222]
-
-
-def test_no_table_entry_lies_near_a_rounding_boundary():
-    """A libm may differ in its last bits; an entry moves only if a value lies within that of half a step."""
-    from statistics import NormalDist
-
-    upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
-    scale = math.sqrt(32768 / math.fsum(x * x for x in upper))
-    distance = np.abs(np.array(upper) * scale * 2**19 % 1 - 0.5).min()
-    assert distance > 1e-7  # an error of 1e-13 of a value moves it by less than 1e-6 · 1e-13 · 2^19
+import directions
+import scoring
+from check import advice, check
+from lora import LoRA
+from methods import LOZO, get_method
+from trajectory import Trajectory
+from utils import UsageError
+from zo import Method, Noise, NonFiniteLoss, ZerothOrder
 
 
 def test_no_global_generator_is_touched():
@@ -122,7 +76,7 @@ def test_a_step_is_the_formula():
     engine = ZerothOrder([p], lr=0.01, eps=1e-3, seed=9, weight_decay=0.1, clip=30.0, normalize=True)
     theta, mean_square = torch.zeros(50), 0.0
     for step in range(5):
-        z = gaussian((9, step), 0, 50)
+        z = gaussian((9, step, 0), 0, 50)
         plus, minus = (((theta + s * 1e-3 * z - target) ** 2).sum().item() for s in (1, -1))
         g = max(-30.0, min(30.0, (plus - minus) / 2e-3))
         mean_square = 0.98 * mean_square + 0.02 * g * g
@@ -228,15 +182,14 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(dtype):
 def test_updates_too_small_for_bf16_are_not_lost():
     """The fp32 master moves by many updates of a thousandth of bf16's spacing, and then the weight does."""
     p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
-    engine = ZerothOrder([p], lr=1.0, eps=1e-3)
-    sign = 1 if gaussian((0, 0), 0, 1).item() > 0 else -1
+    engine = ZerothOrder([p], lr=1.0, eps=1e-3, master=True)
+    sign = 1 if gaussian((0, 0, 0), 0, 1).item() > 0 else -1
     for _ in range(10):
-        engine.estimate(lambda: 0.0)
-        engine.losses = [sign * 1e-8, -sign * 1e-8]  # g = ±1e-5
         engine.scalars["step"] = 0  # the same z each time
+        engine.losses = [sign * 1e-8, -sign * 1e-8]  # g = ±1e-5
         engine.step()
-    moved = engine.blocks[0].master - 1
-    expected = -sign * 10 * 1e-5 * gaussian((0, 0), 0, 100)
+    moved = engine.slots[0].param - 1
+    expected = -sign * 10 * 1e-5 * gaussian((0, 0, 0), 0, 100)
     assert torch.allclose(moved, expected, rtol=0.02, atol=2e-6)
 
 
@@ -249,3 +202,362 @@ def test_an_eps_that_is_no_step_is_refused():
 def test_weights_without_storage_are_refused():
     with pytest.raises(ValueError, match="meta"):
         ZerothOrder(nn.Linear(2, 2, device="meta"))
+
+
+# ---- full parameters: nothing perturbed, nothing copied ----
+
+
+def perturbed(model, engine, query: int, scale: float) -> list[torch.Tensor]:
+    """θ + scale·z of every parameter, in its dtype, as the engine shall show it."""
+    shown = []
+    for slot in engine.slots:
+        z = engine.direction(slot, query, range(len(slot.matrix)))
+        shown.append((slot.param.float() + scale * z.view(slot.param.shape)).to(slot.param.dtype))
+    return shown
+
+
+def loss_at(params, values, closure) -> float:
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            p.copy_(value)
+        loss = float(closure())
+        for p, value in zip(params, before, strict=True):
+            p.copy_(value)
+    return loss
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("block", [64, 1 << 18])
+def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, block, monkeypatch):
+    monkeypatch.setattr(directions, "BLOCK", block)
+    model = tiny_model(family)
+    engine = ZerothOrder(model, eps=1e-2, seed=3, queries=2, distribution=distribution, master=False)
+    batch = scoring.pack(some_examples())
+    closure = partial(scoring.loss, model, batch, True)
+    points = engine.method.points()
+    params = list(model.parameters())
+    expected = [loss_at(params, perturbed(model, engine, q, s * 1e-2), closure) for q, s in points]
+    for copies in (1, 2, 4):
+        engine.losses = [0.0] * 4
+        engine.estimate(closure, copies=copies)
+        assert engine.losses == pytest.approx(expected, rel=2e-6), copies
+    assert not engine.one_by_one  # copies were not given up
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_streamed_losses_in_half_precision_are_those_of_rounded_weights(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    engine = ZerothOrder(model, eps=1e-2, master=False)
+    closure = a_loss(model)
+    params = list(model.parameters())
+    expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
+    engine.estimate(closure)
+    assert engine.losses == pytest.approx(expected, rel=1e-3)
+
+
+class Odd(nn.Module):
+    """Parameters that are used in ways of their own: fused attention, a scalar, stacked in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.experts = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(3)])
+
+    def forward(self, x):
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return (y * self.temperature * torch.stack(list(self.experts)).sum(0)).square().mean()
+
+
+def test_parameters_used_in_their_own_way_are_perturbed_too():
+    torch.manual_seed(0)
+    model, x = Odd().eval(), torch.randn(3, 5, 16)
+    engine = ZerothOrder(model, eps=1e-2, master=False)
+    closure = lambda copies=1: model(x.repeat(copies, 1, 1))  # noqa: E731
+    params = list(model.parameters())
+    expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
+    engine.estimate(closure)
+    assert engine.losses == pytest.approx(expected, rel=1e-5)
+    engine.losses = [0.0, 0.0]
+    engine.estimate(closure, copies=2)  # torch.stack has nothing to split: one forward a point, and right
+    assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
+
+
+def test_no_second_copy_and_no_large_temporary():
+    """Every tensor that a step makes is a small part of the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4000, 256), nn.Linear(256, 4000), nn.Linear(4000, 1))
+    ids, largest = torch.arange(8)[None], [0]
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view and out._base is None:
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    engine = ZerothOrder(model, lr=1e-3, eps=1e-2, master=False)
+    monkey = directions.BLOCK
+    directions.BLOCK = 1 << 14
+    try:
+        with Watch():
+            engine.step(lambda: model(ids).mean())
+    finally:
+        directions.BLOCK = monkey
+    assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_thousand_steps_at_rate_0_change_no_bit(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8).to(dtype), torch.randn(2, 8, dtype=dtype)
+    before = bits(model)
+    engine = ZerothOrder(model, lr=0.0, eps=1e-2, master=False)
+    for _ in range(1000):
+        engine.step(lambda: model(x).float().square().mean())
+    assert same(bits(model), before) and engine.projected_grad != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_updates_without_a_master_are_right_in_the_mean(dtype):
+    """Updates far below the spacing of the weights: lost by rounding to nearest, kept on average by chance."""
+    start, g = torch.linspace(0.5, 2, 64).to(dtype), torch.finfo(dtype).eps / 8
+    moves, zs = [], []
+    for step in range(400):
+        p = nn.Parameter(start.clone())
+        engine = ZerothOrder([p], lr=1.0, eps=1e-3, seed=7, master=False)
+        engine.scalars["step"] = step
+        engine.losses = [g * 1e-3, -g * 1e-3]
+        zs.append(engine.direction(engine.slots[0], 0, range(64)))
+        engine.step()
+        moves.append(p.detach().float() - start.float())
+    moves, zs = torch.stack(moves), torch.stack(zs)
+    assert abs((moves * zs).sum() / zs.square().sum() + g) < 0.1 * g  # the slope of the moves along z
+    assert ((start.float() - g).to(dtype) == start).all()  # to nearest all of it would be lost
+
+
+# ---- methods, optimizers, copies ----
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_copies_of_adapters_equal_one_forward_a_point(family, queries):
+    for freeze_a in (False, True):
+        model = tiny_model(family)
+        lora = LoRA(model, 2, 16, seed=1, freeze_a=freeze_a)
+        for module in lora.lora_modules:
+            module.lora_B.data.normal_()
+        engine = ZerothOrder(model, eps=1e-2, queries=queries, master=True, spread=lora.spread)
+        closure = partial(scoring.loss, model, scoring.pack(some_examples()), True)
+        found = []
+        for copies in (1, 2, 2 * queries):
+            engine.losses = [0.0] * (2 * queries)
+            engine.estimate(closure, copies=copies)
+            found.append(engine.losses)
+        assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+        assert all(module.deltas is None for module in lora.lora_modules)
+
+
+def test_queries_are_averaged():
+    target, theta = torch.arange(5.0), torch.zeros(5)
+    p = nn.Parameter(theta.clone())
+    engine = ZerothOrder([p], lr=0.1, eps=1e-3, seed=2, queries=3)
+    engine.step(lambda: ((p - target) ** 2).sum())
+    for query in range(3):
+        z = gaussian((2, 0, query), 0, 5)
+        plus, minus = (((s * 1e-3 * z - target) ** 2).sum() for s in (1, -1))
+        theta = theta - 0.1 * (plus - minus) / 2e-3 * z / 3
+    assert torch.allclose(p, theta, rtol=1e-3)
+
+
+def test_a_query_that_is_not_finite_is_left_out():
+    p = nn.Parameter(torch.ones(5))
+    engine = ZerothOrder([p], lr=0.1, eps=1e-3, seed=2, queries=2)
+    engine.losses = [math.nan, 1.0, 2.0, 1.0]
+    engine.step()
+    z = gaussian((2, 0, 1), 0, 5)
+    assert torch.allclose(p, 1 - 0.1 * 500 / 2 * z) and engine.scalars["skipped"] == 1
+    assert math.isnan(engine.trajectory.coefficients[0][0]) and engine.trajectory.coefficients[0][1] == 25
+
+
+def test_signs_as_directions():
+    p = nn.Parameter(torch.zeros(40))
+    engine = ZerothOrder([p], lr=1.0, eps=1e-3, distribution="rademacher")
+    engine.losses = [1e-3, -1e-3]
+    engine.step()
+    assert torch.allclose(p.abs(), torch.ones(40))
+
+
+@pytest.mark.parametrize("optim", ["momentum", "adamw"])
+def test_torch_optimizers_take_the_estimate_as_a_gradient(optim):
+    torch.manual_seed(0)
+    target, p = torch.randn(9), nn.Parameter(torch.zeros(9))
+    plain = nn.Parameter(torch.zeros(9))
+    kind, more = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[optim]
+    other = kind([plain], lr=0.01, weight_decay=0.1, **more)
+    engine = ZerothOrder([p], lr=0.01, eps=1e-3, weight_decay=0.1, master=True, optim=optim, normalize=True)
+    for step in range(6):
+        engine.step(lambda: ((p - target) ** 2).sum())
+        plain.grad = gaussian((0, step, 0), 0, 9) * engine.trajectory.coefficients[step][0]
+        other.step()
+        assert torch.allclose(p, plain, atol=1e-6)
+    state = copy.deepcopy(engine.state_dict())
+    again = ZerothOrder([nn.Parameter(p.detach().clone())], lr=0.01, eps=1e-3, master=True, optim=optim, normalize=True)
+    again.load_state_dict(state)
+    q = again.slots[0].parts[0]
+    engine.step(lambda: ((p - target) ** 2).sum())
+    again.step(lambda: ((q - target) ** 2).sum())
+    assert torch.equal(p, q)
+    engine.restart()
+    assert not engine.inner.state
+
+
+def test_an_optimizer_with_state_needs_a_master():
+    with pytest.raises(ValueError, match="master"):
+        ZerothOrder(nn.Linear(3, 3), optim="adamw")
+
+
+def test_low_rank_directions_are_of_low_rank_and_lazily_drawn():
+    model = nn.Linear(30, 20)
+    method = LOZO()
+    engine = ZerothOrder(model, lr=0.1, eps=1e-3, method=method, master=False)
+    weight, bias = engine.slots
+    seen = []
+    for step in (0, 1, 49, 50):
+        engine.scalars["step"] = step
+        z = engine.direction(weight, 0, range(20))
+        assert torch.linalg.matrix_rank(z) == 2
+        assert torch.allclose(engine.direction(weight, 0, range(5, 9)), z[5:9])
+        seen.append(torch.linalg.svd(z)[2][:2])
+        assert engine.direction(bias, 0, range(20)).unique().numel() > 10
+    spans = [torch.linalg.matrix_rank(torch.cat([seen[0], other]), tol=1e-4) for other in seen]
+    assert spans == [2, 2, 2, 4]
+    drawn = torch.stack([LOZO().direction(Noise(s), weight, 0, 0, range(20), "cpu") for s in range(300)])
+    assert abs(drawn.var() - 1) < 0.05 and abs(drawn.mean()) < 0.02
+
+
+def test_a_method_is_a_few_lines():
+    class OneSided(Method):
+        def points(self):
+            return [(0, 0.0), *((q, 1.0) for q in range(self.queries))]
+
+        def projected(self, losses, eps):
+            return [(loss - losses[0]) / eps for loss in losses[1:]]
+
+    p, target = nn.Parameter(torch.zeros(6)), torch.arange(6.0)
+    engine = ZerothOrder([p], lr=0.01, eps=1e-4, method=OneSided(4))
+    for _ in range(400):
+        engine.step(lambda: ((p.double() - target) ** 2).sum())
+    assert torch.allclose(p, target, atol=0.1)
+
+
+def test_a_method_of_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from zo import Method\nclass Mine(Method):\n    replayable = False\nclass Other: pass\n")
+    assert get_method(f"{path}:Mine").replayable is False and get_method("lozo") is LOZO
+    for name in ("nothing", f"{path}:Other", f"{path}:None", "no.py:Mine"):
+        with pytest.raises(UsageError, match="--zo_method"):
+            get_method(name)
+
+
+# ---- a run as a file ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_replay_has_the_bits_of_the_run(tmp_path, dtype, master, decay):
+    def fresh():
+        model = tiny_model("opt", dtype=dtype)
+        return model, ZerothOrder(
+            model, 1e-3, 1e-2, seed=5, normalize=True, queries=2, master=master, weight_decay=decay
+        )
+
+    model, engine = fresh()
+    schedule = torch.optim.lr_scheduler.LinearLR(engine, 1.0, 0.1, 8)
+    states = []
+    for step in range(8):
+        engine.step(lambda: math.nan) if step == 3 else engine.step(a_loss(model))
+        schedule.step()
+        states.append(bits(model))
+    engine.trajectory.save(tmp_path / "t.safetensors", note="x")
+    trajectory = Trajectory.load(tmp_path / "t.safetensors")
+    assert trajectory.about["note"] == "x" and all(map(math.isnan, trajectory.coefficients[3]))
+    again, other = fresh()
+    other.replay(trajectory, range(5))
+    assert same(bits(again), states[4])
+    other.replay(trajectory, range(5, 8))
+    assert same(bits(again), states[7])
+
+
+def test_20000_steps_are_less_than_100_kilobytes(tmp_path):
+    p = nn.Parameter(torch.zeros(1))
+    engine = ZerothOrder([p], lr=0.1, eps=1e-3)
+    for _ in range(20000):
+        engine.trajectory.append([[0.1]], [0.1], keep_rate=False)
+    engine.trajectory.save(tmp_path / "t.safetensors")
+    assert (tmp_path / "t.safetensors").stat().st_size < 100_000
+
+
+def test_what_is_no_trajectory_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"rubbish")
+    for path in (tmp_path / "x", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is not a trajectory"):
+            Trajectory.load(path)
+    engine = ZerothOrder(
+        [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}]
+    )
+    engine.losses = [1.0, 2.0]
+    engine.step()
+    with pytest.raises(ValueError, match="learning rates of their own"):
+        engine.trajectory.save(tmp_path / "y")
+
+
+# ---- --zo_check ----
+
+
+def test_the_check_knows_a_quadratic():
+    """f = ½ Σ h x² with known trace, gradient and largest rate; exact in float64."""
+    torch.manual_seed(0)
+    h, x = torch.rand(40).double() + 0.5, torch.randn(40)
+    p = nn.Parameter(x.clone())
+    engine = ZerothOrder([p], lr=1e-3, eps=1e-2, seed=4)
+    found = check(engine, lambda: (h * p.double() ** 2).sum() / 2, directions=2000)
+    gradient = h * x
+    expected = 2 * gradient.square().sum() / (gradient.square().sum() * h.sum() + 2 * (h * gradient.square()).sum())
+    assert found.trace == pytest.approx(h.sum().item(), rel=0.05)
+    assert found.g == pytest.approx(gradient.norm().item(), rel=0.05)
+    assert found.largest_lr == pytest.approx(expected.item(), rel=0.1)
+    assert found.noise_share < 1e-3 and found.bend < 1e-3 and found.forwards == 1 + 6 * 2000
+    assert torch.equal(p, x) and engine.scalars["step"] == 0
+    assert "fit" in advice(found, engine)[-1]
+    engine.param_groups[0]["lr"] = 10.0
+    assert any("learning rate 10 is above" in line for line in advice(found, engine))
+
+
+@pytest.mark.parametrize("grain", [1e-2, 1e-3])
+def test_the_check_finds_rounding_and_an_eps_that_drowns_in_it(grain):
+    p = nn.Parameter(torch.linspace(-1, 1, 50))
+    coarse = lambda: ((p.double() - 0.3) ** 2).sum() + grain * torch.sin(p.double() * 1e8).sum() / 5  # noqa: E731
+    found = check(ZerothOrder([p], eps=1e-4), coarse, directions=40)
+    assert 0.5 < found.noise / grain < 2 and found.noise_share > 0.5
+    assert any("drowns" in line for line in advice(found, ZerothOrder([p], eps=1e-4)))
+    low, high = found.eps
+    good = check(ZerothOrder([p], eps=2 * low), coarse, directions=40)
+    assert good.noise_share < 0.15 and high is None
+
+
+def test_the_check_finds_an_eps_that_leaves_the_linear_range():
+    p = nn.Parameter(torch.zeros(50))
+    engine = ZerothOrder([p], eps=1.0)
+    found = check(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
+    assert found.bend > 0.2
+    inside = check(ZerothOrder([p], eps=found.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
+    assert inside.bend < 0.15
+
+
+def test_the_check_tells_a_rounding_walk():
+    p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+    engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
+    found = check(engine, lambda: (p.float() ** 2).sum())
+    assert found.walk > 10 and any("adapters" in line for line in advice(found, engine))
