@@ -1,8 +1,8 @@
 """`--zo_check`: does ε drown in rounding or leave the linear range, is the rate too large, does the precision hold?
 
-Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀ = ε² zᵀHz
-+ …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a sample of zᵀHz, whose mean is the
-trace of the Hessian; and the projected gradient g shall not depend on ε.
+Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀, which is
+ε² zᵀHz + …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a sample of zᵀHz, whose
+mean is the trace of the Hessian; and the projected gradient g shall not depend on ε.
 """
 
 import math
@@ -91,7 +91,7 @@ def advice(found: Findings, engine) -> list[str]:
     lr = engine.param_groups[0]["lr"]
     lines = [
         f"zo_check: {found.forwards} forwards: rounding noise of the loss {found.noise:.1e}, |g| {found.g:.2g}, of "
-        f"which rounding is {found.noise_share:.0%} and curvature {found.bend:.0%}; trace of the Hessian {found.trace:.2g}"
+        f"which rounding {found.noise_share:.0%} and curvature {found.bend:.0%}; trace of the Hessian {found.trace:.2g}"
     ]
     window = f"between {low:.1e} and {high:.1e}" if low and high else f"above {low:.1e}" if low else "smaller"
     if found.noise_share > 0.5:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from scoring import SHARED, TOKENS, common, prefix_cache
 
-CACHE = 512 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
+CACHE = 192 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
 
 
 class BufferLayer(DynamicLayer):

@@ -30,6 +30,17 @@ BUSY = 128  # tokens of a batch that keep a CPU's matrix products busy
 TRAJECTORY = "trajectory.safetensors"
 
 
+def copies(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "auto") -> int:
+    """How many points one forward of a batch serves: a rule on device and tokens, so that a resume chooses the same.
+
+    On a CPU adapters gain nothing once a batch keeps the matrix products busy (bench/step.py); full parameters always
+    do, because a block of z then serves all points. Copies go through in groups within evaluation's budget.
+    """
+    if wish == "off" or (wish == "auto" and adapters and cpu and tokens > BUSY):
+        return 1
+    return max(1, min(points, scoring.TOKENS // tokens))
+
+
 class BoostingCallback(TrainerCallback):
     """Merges at the end of every N-th step, or else at the last step of every n-th epoch.
 
@@ -112,16 +123,8 @@ class OurTrainer(Trainer):
             logger.info(line)
 
     def copies(self, inputs) -> int:
-        """How many points one forward serves: a function of device and tokens, so that a resume chooses the same.
-
-        On a CPU adapters gain where a batch is too short to keep the matrix products busy (bench/step.py); full
-        parameters always, because z of a block then serves all points.
-        """
-        tokens, points = inputs["input_ids"].numel(), len(self.method.points())
-        cpu = self.args.device.type == "cpu"
-        off = self.args.zo_batched == "off"
-        auto = self.args.zo_batched == "auto" and self.zo.master and cpu and tokens > BUSY
-        return 1 if off or auto else max(1, min(points, scoring.TOKENS // tokens))
+        tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
+        return copies(tokens, len(self.method.points()), cpu, self.zo.master, self.args.zo_batched)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss_fn(model, inputs)

@@ -5,7 +5,9 @@
 
 The floor is two bare forwards of the batch as the step packs it. `plain` is what a step costs without this project's
 savings: one padded row per candidate, logits of every position, a `torch.normal` per tensor, four passes over the
-weights. `opt-125m` stands for a random model of that geometry, to be used with a tokenizer directory (`--tokenizer`).
+weights. A full-parameter step is also set against its own bound: the floor, three bare sweeps over the weights
+(θ ← θ + 0 in place) and, gaussian, two generations of z timed alone. `opt-125m` stands for a random model of that
+geometry, to be used with a tokenizer directory (`--tokenizer`).
 """
 
 import argparse
@@ -22,12 +24,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import directions  # noqa: E402
 import run  # noqa: E402
 import scoring  # noqa: E402
 import utils  # noqa: E402
+from lora import LoRA  # noqa: E402
+from trainer import copies  # noqa: E402
 from zo import ZerothOrder  # noqa: E402
 
-KINDS = ("floor", "lora", "xgblora-B", "full", "plain-lora")
+KINDS = ("floor", "lora", "lora-copies", "all-linear", "xgblora-B", "full-signs", "full", "plain-lora", "plain-full")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
 def random_opt_125m(tokenizer: str, path: Path) -> Path:
@@ -74,13 +80,15 @@ def plain_step(model, params, loss, lr=0.0, eps=1e-3) -> None:
 
 def side(kind: str, args, dtype: str):
     """step(batch, examples) of one kind, on a model of its own."""
-    mode = {"lora": "--lora", "plain-lora": "--lora", "xgblora-B": "--xgblora --lora_freeze_a"}.get(kind, "")
+    mode = "--xgblora --lora_freeze_a" if kind == "xgblora-B" else "--lora" if "lora" in kind else ""
     common = f"--model_name {args.model_name} --data_dir {args.data_dir} --task_name {args.task_name} --trainer zo"
     framework = run.Framework(
         run.parse(f"{common} {mode} --load_bfloat16 {dtype == 'bfloat16'}".split()),
         run.get_task(args.task_name, args.data_dir),
     )
     model = framework.model
+    if kind == "all-linear":
+        framework.lora_module = LoRA(model, 8, 16, targets=LINEAR)
     params = [p for p in model.parameters() if p.requires_grad]
     if kind == "floor":
 
@@ -89,18 +97,39 @@ def side(kind: str, args, dtype: str):
             scoring.loss(model, batch, True)
             scoring.loss(model, batch, True)
 
-    elif kind == "plain-lora":
+    elif kind.startswith("plain"):
 
         def step(batch, examples):
             plain_step(model, params, lambda: plain_loss(model, examples))
 
     else:
-        engine = ZerothOrder(model, lr=0.0, eps=1e-2)
+        full = kind.startswith("full")
+        spread = None if full else framework.lora_module.spread
+        distribution = "rademacher" if kind == "full-signs" else "gaussian"
+        engine = ZerothOrder(model, 1e-9, 1e-3, master=not full, spread=spread, distribution=distribution)
 
         def step(batch, examples):
-            engine.step(partial(scoring.loss, model, batch, True))
+            wish = "on" if kind == "lora-copies" else "auto"
+            n = copies(batch["input_ids"].numel(), 2, True, engine.master, wish)
+            engine.estimate(partial(scoring.loss, model, batch, True), copies=n)
+            engine.step()
 
     return framework, step
+
+
+def sweeps(model) -> tuple[float, float]:
+    """(seconds of a bare sweep over the weights, of one generation of z for all of them)."""
+    params = list(model.parameters())
+    with torch.no_grad():
+        start = time.perf_counter()
+        for p in params:
+            p.add_(0.0)
+        swept = time.perf_counter() - start
+        start = time.perf_counter()
+        for p in params:
+            for first in range(0, p.numel(), directions.BLOCK):
+                directions.stretch("gaussian", (0, 0, 0), first, min(directions.BLOCK, p.numel() - first))
+    return swept, time.perf_counter() - start
 
 
 def peak(args, dtype: str, kind: str) -> float:
@@ -120,6 +149,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--default_malloc", action="store_true", help="leave glibc to give freed memory back")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--no_peak", action="store_true", help="leave the memory out")
     parser.add_argument("--peak", choices=KINDS, help="only print the peak memory of this kind")
     args = parser.parse_args()
     if not args.default_malloc:
@@ -129,7 +160,7 @@ def main() -> None:
     if args.peak:
         before = utils.peak_memory_mb()
     for dtype in args.dtypes:
-        sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else KINDS)}
+        sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
         examples = framework.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
@@ -138,7 +169,7 @@ def main() -> None:
                 sides[args.peak][1](scoring.pack(group), group)
             print(utils.peak_memory_mb() - before)
             return
-        seconds = {kind: [] for kind in KINDS}
+        seconds = {kind: [] for kind in (*args.kinds, "sweep", "z")}
         for i, group in enumerate(groups):
             batch = scoring.pack(group)
             for kind, (_, step) in sides.items():
@@ -146,16 +177,26 @@ def main() -> None:
                 step(batch, group)
                 if i:  # the first one warms up
                     seconds[kind].append(time.perf_counter() - start)
+            if i:
+                for name, took in zip(("sweep", "z"), sweeps(framework.model), strict=True):
+                    seconds[name].append(took)
         del sides
         real = median(sum(len(x.encodings[0]) - 1 for x in group) for group in groups)
         print(
             f"\n{Path(args.model_name).name}, {args.task_name}, {dtype}, batch {args.batch} (median {real:.0f} "
             f"distinct tokens), {torch.get_num_threads()} threads, {len(groups) - 1} interleaved steps each"
         )
-        print(f"{'':12} {'seconds':>8} {'/ floor':>8} {'peak MB':>8}")
-        for kind in KINDS:
+        print(f"{'':12} {'seconds':>8} {'/ floor':>8} {'/ bound':>8} {'peak MB':>8}")
+        for kind in (*args.kinds, "sweep", "z"):
             ratio = median(a / b for a, b in zip(seconds[kind], seconds["floor"], strict=True))
-            print(f"{kind:12} {median(seconds[kind]):8.3f} {ratio:8.2f} {peak(args, dtype, kind):8.0f}")
+            bound, memory = "", ""
+            if kind in ("full", "full-signs"):
+                zs = 2 * (kind == "full")
+                parts = zip(seconds[kind], seconds["floor"], seconds["sweep"], seconds["z"], strict=True)
+                bound = f"{median(own / (f + 3 * s + zs * z) for own, f, s, z in parts):.2f}"
+            if kind in args.kinds and not args.no_peak:
+                memory = f"{peak(args, dtype, kind):.0f}"
+            print(f"{kind:12} {median(seconds[kind]):8.3f} {ratio:8.2f} {bound:>8} {memory:>8}", flush=True)
 
 
 if __name__ == "__main__":
