@@ -263,7 +263,7 @@ class Framework:
         except ValueError as error:
             raise UsageError(f"--replay {error}") from error
         about, args = trajectory.about, copy.copy(self.args)
-        args.output_dir = str(output_dir)
+        args.output_dir, args.eval_strategy, args.load_best_model_at_end = str(output_dir), "no", False
         ours = self.settings([], [])
         checkpoint.refuse_other_run(path, {k: v for k, v in about["settings"].items() if k in REPLAYED},
                                     {k: v for k, v in ours.items() if k in REPLAYED})  # fmt: skip

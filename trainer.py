@@ -208,8 +208,8 @@ class OurTrainer(Trainer):
         if not (self.zeroth_order and self.method.replayable) or self.optimizer is None:  # finished before
             return
         merges = [entry["step"] for entry in self.state.log_history if entry.get("merged_booster") and entry["step"]]
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        steps = best or self.state.global_step
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        steps = int(best.rpartition("-")[2]) if best else self.state.global_step
         about = {"settings": self.settings, "merges": merges, "steps": steps}
         self.zo.trajectory.save(Path(self.args.output_dir) / TRAJECTORY, **about)
 

@@ -26,12 +26,12 @@ def go(model_dir, data_dir, tmp_path, monkeypatch):
     """go(flags) -> result of `run.py` in an empty folder; raises AssertionError where it does not end with 0."""
     monkeypatch.chdir(tmp_path)
 
-    def main(flags: str, model=model_dir, status: int = 0) -> dict:
+    def main(flags: str, model=model_dir, status: int = 0, result: bool = True) -> dict:
         path = tmp_path / "result.json"
         common = f"--model_name {model} --data_dir {data_dir} --result_file {path} --disable_tqdm True"
         common += " --train_as_classification --num_train 16"
         assert run.main(f"{common} {flags}".split()) == status
-        return json.loads(path.read_text()) if status == 0 else {}
+        return json.loads(path.read_text()) if status == 0 and result else {}
 
     return main
 
