@@ -5,6 +5,7 @@ what a checkpoint holds (`_save`, `_load_from_checkpoint`); the loop itself is t
 `loss_fn` and `evaluate_fn` are given to it. A merge happens at the end of a step, before its evaluation and checkpoint.
 """
 
+import inspect
 import itertools
 import json
 import logging
@@ -26,7 +27,7 @@ from zo import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-BUSY = 128  # tokens of a batch that keep a CPU's matrix products busy
+BUSY = 512  # tokens of a batch that keep a CPU's matrix products busy: below, copies take 0.7–0.96 of the time
 TRAJECTORY = "trajectory.safetensors"
 
 
@@ -64,7 +65,8 @@ class OurTrainer(Trainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
     Args (besides the Trainer's):
-        loss_fn(model, inputs, copies=None) -> 0-dim fp32 tensor; with `copies`, [copies] losses of as many copies.
+        loss_fn(model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses, of n copies of
+            the batch one behind the other, and a step may ask for several at once.
         evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
@@ -78,6 +80,7 @@ class OurTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
         self.zeroth_order = self.args.trainer == "zo"
+        self.takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
         self.method = get_method(self.args.zo_method)(self.args.zo_queries)
         if self.args.xgblora:
             self.add_callback(BoostingCallback(self))
@@ -123,6 +126,8 @@ class OurTrainer(Trainer):
             logger.info(line)
 
     def copies(self, inputs) -> int:
+        if not self.takes_copies:
+            return 1
         tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
         return copies(tokens, len(self.method.points()), cpu, self.zo.master, self.args.zo_batched)
 
