@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import checkpoint
 import scoring
-from check import advice, check
+from check import advice, check, rounding_walk
 from methods import get_method
 from trajectory import Trajectory
 from zo import ZerothOrder
@@ -65,8 +65,8 @@ class OurTrainer(Trainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
     Args (besides the Trainer's):
-        loss_fn(model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses, of n copies of
-            the batch one behind the other, and a step may ask for several at once.
+        loss_fn(model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses, of n copies
+            of the batch one behind the other, and a step may ask for several at once.
         evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
@@ -105,6 +105,12 @@ class OurTrainer(Trainer):
                 distribution=args.zo_distribution, optim=args.zo_optim,
                 spread=self.lora_module.spread if adapters else None,
             )  # fmt: skip
+            walk = rounding_walk(self.zo, args.learning_rate)
+            if walk > 1:
+                logger.warning(
+                    "in half precision rounding moves these weights about %.0f x as far as the updates do (for |g| = 1): "
+                    "adapters (--lora, --xgblora) or float32 keep them", walk,
+                )  # fmt: skip
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
