@@ -108,7 +108,7 @@ class OurTrainer(Trainer):
             walk = rounding_walk(self.zo, args.learning_rate)
             if walk > 1:
                 logger.warning(
-                    "in half precision rounding moves these weights about %.0f x as far as the updates do (for |g| = 1): "
+                    "rounding moves these half-precision weights about %.0f x as far as the updates do (|g| = 1): "
                     "adapters (--lora, --xgblora) or float32 keep them", walk,
                 )  # fmt: skip
         return self.optimizer
