@@ -116,15 +116,20 @@ def newest(output_dir) -> Path | None:
     return None
 
 
-def refuse_other_run(where: Path, saved: dict, settings: dict) -> None:
-    """Raise UsageError, naming what differs, where what lies there belongs to a run with other settings."""
-    differ = [
+def differences(saved: dict, settings: dict) -> str:
+    """What differs between the settings of a run that is there and those of this one; empty where nothing does."""
+    return "; ".join(
         f"{name} {saved.get(name)!r} there, {settings.get(name)!r} now"
         for name in sorted(saved.keys() | settings.keys())
         if saved.get(name) != settings.get(name)
-    ]
+    )
+
+
+def refuse_other_run(checkpoint: Path, settings: dict) -> None:
+    """Raise UsageError, naming what differs, where a checkpoint belongs to a run with other settings."""
+    differ = differences(json.loads((checkpoint / SETTINGS).read_text()), settings)
     if differ:
-        raise UsageError(f"{where} holds another run ({'; '.join(differ)}): give another --output_dir, or --overwrite")
+        raise UsageError(f"{checkpoint.parent} holds another run ({differ}): give another --output_dir, or --overwrite")
 
 
 @contextlib.contextmanager

@@ -226,8 +226,7 @@ class Framework:
             checkpoint.clear(output_dir)
         found = checkpoint.newest(output_dir)
         if found:
-            saved = json.loads((found / checkpoint.SETTINGS).read_text())
-            checkpoint.refuse_other_run(output_dir, saved, settings)
+            checkpoint.refuse_other_run(found, settings)
         model = self.model
         self.trainer = trainer = OurTrainer(
             model=model,
@@ -264,9 +263,13 @@ class Framework:
             raise UsageError(f"--replay {error}") from error
         about, args = trajectory.about, copy.copy(self.args)
         args.output_dir, args.eval_strategy, args.load_best_model_at_end = str(output_dir), "no", False
-        ours = self.settings([], [])
-        checkpoint.refuse_other_run(path, {k: v for k, v in about["settings"].items() if k in REPLAYED},
-                                    {k: v for k, v in ours.items() if k in REPLAYED})  # fmt: skip
+        saved, ours = (
+            {k: v for k, v in some.items() if k in REPLAYED}
+            for some in (about.get("settings", {}), self.settings([], []))
+        )
+        differ = checkpoint.differences(saved, ours)
+        if differ:
+            raise UsageError(f"--replay {path} is of another run: {differ}")
         steps = about["steps"] if args.replay_steps is None else args.replay_steps
         if steps > len(trajectory.coefficients):
             raise UsageError(f"--replay_steps {steps}: {path} holds {len(trajectory.coefficients)} steps")
