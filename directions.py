@@ -129,14 +129,16 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: 
     The chance is 16 bits of element start + i of the stream of `counter`. Overflow becomes infinity, as rounding to
     nearest has it.
     """
+    first, skip = divmod(start, 2)
+    chance = word_range(counter, first, -(-(skip + len(values)) // 2), values.device).view(torch.int16)
+    chance = chance[skip : skip + len(values)].int().bitwise_and_(0xFFFF)
+    if dtype == torch.bfloat16:  # the upper half of the bits, with a carry from the lower half by chance
+        return chance.add_(values.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(dtype)
     near = values.to(dtype)
     error = values - near.float()
     near = torch.where(near == 0, torch.copysign(torch.zeros_like(near), error.to(dtype)), near)
     bits = near.view(torch.int16)
     outward = (error < 0) == (bits < 0)
     other = (bits + torch.where(outward, 1, -1).to(torch.int16)).view(dtype)
-    first, skip = divmod(start, 2)
-    chance = word_range(counter, first, -(-(skip + len(values)) // 2), values.device).view(torch.int16)
-    chance = (chance[skip : skip + len(values)].float() + 32768.5) / 65536
-    moved = chance * (other.float() - near.float()).abs() < error.abs()
+    moved = (chance.float() + 0.5) / 65536 * (other.float() - near.float()).abs() < error.abs()
     return torch.where(moved & (error != 0) & other.isfinite(), other, near)

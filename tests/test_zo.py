@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import gaussian, some_examples, tiny_model
+from conftest import TRAIN, gaussian, some_examples, starter, tiny_model
 from torch import nn
 
 import directions
@@ -561,3 +561,19 @@ def test_the_check_tells_a_rounding_walk():
     engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
     found = check(engine, lambda: (p.float() ** 2).sum())
     assert found.walk > 10 and any("adapters" in line for line in advice(found, engine))
+
+
+def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():
+    """B alone trained: 1e-3 drowns in the rounding of half-precision weights, 3e-2 does not."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = starter("smollm2-135m")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    words = [tokenizer.encode(" terrible"), tokenizer.encode(" great")]
+    prompts = [tokenizer.encode(f"{sentence} It was") for sentence, _ in TRAIN]
+    examples = [scoring.Example([p + w for w in words], [1, 1], y) for p, (_, y) in zip(prompts, TRAIN, strict=True)]
+    closure = partial(scoring.loss, model, scoring.pack(examples), True)
+    LoRA(model, 1, 16, freeze_a=True)
+    found = {eps: check(ZerothOrder(model, 5e-3, eps, normalize=True, master=True), closure) for eps in (1e-3, 3e-2)}
+    assert found[1e-3].noise_share > 0.5 > 0.3 > found[3e-2].noise_share
