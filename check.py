@@ -98,7 +98,7 @@ def advice(found: Findings, engine) -> list[str]:
         lines.append(f"zo_check: eps {engine.eps:g} drowns in rounding; better is one {window}, or float32 weights")
     if found.bend > 0.5:
         lines.append(f"zo_check: eps {engine.eps:g} leaves the linear range; better is one {window}")
-    if lr > found.largest_lr:
+    if lr > found.largest_lr and found.noise_share <= 0.5:  # else the curvature is rounding too
         lines.append(f"zo_check: learning rate {lr:g} is above {found.largest_lr:.1e}, from where the loss is to rise")
     if found.walk > 1:
         lines.append(

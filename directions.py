@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20  # elements at a time: enough to outweigh the calls, and little beside the weights
+BLOCK = 1 << 19  # elements at a time: enough to outweigh the calls, and little beside the weights
 SPAN = 1 << 30  # words under one key: the index above goes into the key
 
 
