@@ -94,6 +94,7 @@ class OurArguments(TrainingArguments):
     sfc: bool = flag(False, "model", "calibrated scores: minus the score of the option without the input")
     icl_sfc: bool = flag(False, "model", "as --sfc, but the demonstrations stay in front of the missing input")
     adapter: str | None = flag(None, "model", "evaluate, or go on from, this LoRA adapter (ours or PEFT's)")
+    boosters: int | None = flag(None, "model", "of the chain in --adapter, take only the first so many boosters")
 
     max_new_tokens: int = flag(50, "generation", "longest answer in tokens; prompts leave room for it in --max_length")
     eos_token: str = flag("\n", "generation", "an answer ends at this text (default: a newline)")
@@ -133,6 +134,9 @@ class OurArguments(TrainingArguments):
     lora: bool = flag(False, "adapters", "train LoRA adapters of q_proj and v_proj (or what the model has instead)")
     lora_r: int | None = flag(None, "adapters", "rank (default: 8; 1 with --xgblora)")
     lora_alpha: float = flag(16, "adapters", "alpha; adapters are scaled by alpha / rank")
+    lora_targets: str | None = flag(
+        None, "adapters", "adapt these Linear layers: names or last parts of them, with commas: q_proj,v_proj,fc1,fc2"
+    )
     lora_freeze_a: bool = flag(False, "adapters", "train B only; A stays the random draw of its round")
     xgblora: bool = flag(False, "adapters", "boost with rank-1 adapters: train, merge, start afresh")
     xgblora_steps_per_iteration: int = flag(0, "adapters", "merge every N steps; 0 merges by epochs")
@@ -218,6 +222,8 @@ class OurArguments(TrainingArguments):
             f"--zo_optim {self.zo_optim} needs --lora or --xgblora: it keeps state for every element": zo
             and self.zo_optim != "sgd"
             and not adapters,
+            "--boosters needs --adapter": self.boosters is not None and not self.adapter,
+            "--lora_targets needs --lora or --xgblora": self.lora_targets is not None and not adapters,
             "--zo_check needs --trainer zo": self.zo_check and not zo,
             "--replay needs the flags of its run, --trainer zo among them": self.replay and not zo,
             "--replay_steps needs --replay": self.replay_steps is not None and not self.replay,
@@ -234,7 +240,7 @@ class OurArguments(TrainingArguments):
             if broken:
                 raise UsageError(message)
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
-        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0}
+        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:

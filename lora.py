@@ -71,7 +71,7 @@ class LoRALinear(nn.Module):
             low = nn.functional.linear(x, A) * self.scaling  # [..., r]
             return (y + nn.functional.linear(low, B)).to(y.dtype)
         A, B = (p if delta is None else p + delta for p, delta in zip((A, B), self.deltas, strict=True))
-        low = x.view(len(B), -1, x.shape[-1]) @ A.mT * self.scaling  # [n, tokens, r]
+        low = x.reshape(len(B), -1, x.shape[-1]) @ A.mT * self.scaling  # [n, tokens, r]
         return (y + (low @ B.mT).view(y.shape)).to(y.dtype)
 
     def oriented(self, delta: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ class LoRA:
             found = found or [name for name in linear if any(f".{name}".endswith(f".{w}") for w in wanted)]
         if not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UsageError(f"no layer to adapt in this model; its Linear layers are {', '.join(exist)}")
+            wanted = f" called {', '.join(targets)}" if targets else " to adapt"
+            raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
         self.targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in found}))
         model.requires_grad_(False)
         self.modules: dict[str, LoRALinear] = {}
@@ -237,9 +238,10 @@ class LoRA:
             # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
             save_file(unfolded, directory / "boosters.safetensors", metadata={"chain": about})
 
-    def load(self, directory) -> None:
+    def load(self, directory, boosters: int | None = None) -> None:
         """Take the state that `save_pretrained` wrote, bit for bit; under XGBLoRA also an adapter made by PEFT, which
-        becomes the first booster. Raises UsageError where it does not fit this model."""
+        becomes the first booster. With `boosters`, only so many of a chain, all merged. Raises UsageError where it
+        does not fit this model."""
         directory = Path(directory)
         if self.xgblora and (directory / "boosters.safetensors").exists():
             tensors, about = read_tensors(directory / "boosters.safetensors")
@@ -258,6 +260,11 @@ class LoRA:
                 rounds.append((1, self.lora_modules[0].scaling))
             for total in self.sum.values():
                 total.zero_()
+        if boosters is not None:
+            if not self.xgblora or boosters > len(rounds):
+                has = f"a chain of {len(rounds)} boosters" if self.xgblora else "no chain of boosters"
+                raise UsageError(f"--boosters {boosters}: {directory} has {has}")
+            rounds = [*rounds[:boosters], (0, self.lora_modules[0].scaling)]  # nothing live
         start = 0
         for r, scaling in rounds[:-1]:
             end = start + r
@@ -271,7 +278,7 @@ class LoRA:
                 if self.xgblora:
                     module.weight.copy_(self.exact(name))
                 A, B = factors[name][0][start:], factors[name][1][:, start:]
-                if len(A):
+                if rounds[-1][0] and len(A):
                     if A.shape != module.lora_A.shape:
                         raise UsageError(f"{directory}: an adapter of rank {len(A)}, but this run has rank {module.r}")
                     module.lora_A.copy_(A)

@@ -38,8 +38,8 @@ logger = logging.getLogger("run")
 
 # The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
 REPLAYED = {
-    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "xgblora", "load_float16", "load_bfloat16",
-    "adapter", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
+    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "load_float16",
+    "load_bfloat16", "adapter", "boosters", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
 }  # fmt: skip
 
 
@@ -107,12 +107,13 @@ class Framework:
             r = 1 if chain else saved["r"]
             self.lora_module = LoRA(model, r, saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"])
         elif args.lora or args.xgblora:
+            targets = [t.strip() for t in args.lora_targets.split(",") if t.strip()] if args.lora_targets else None
             self.lora_module = LoRA(
-                model, args.lora_r, args.lora_alpha, args.load_float16, args.xgblora, args.seed,
+                model, args.lora_r, args.lora_alpha, args.load_float16, args.xgblora, args.seed, targets,
                 freeze_a=args.lora_freeze_a,
             )  # fmt: skip
         if args.adapter:
-            self.lora_module.load(args.adapter)
+            self.lora_module.load(args.adapter, args.boosters)
         return model
 
     # ---- prompts and scores ----

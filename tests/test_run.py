@@ -222,6 +222,29 @@ def test_a_saved_adapter_evaluates_to_the_same_numbers(go, mode):
     assert saved["accuracy"] == trained["accuracy"] and saved["loss"] == trained["loss"]
 
 
+def test_any_prefix_of_the_chain_can_be_evaluated(go, capsys):
+    """After 8 of 11 steps two boosters are merged and nothing is live: the prefix of two is that checkpoint."""
+    go(f"{BOOST} --max_steps 11 --save_steps 8")
+    flags = "--trainer none --num_train 0 --adapter"
+    losses = [go(f"{flags} out --boosters {k}")["loss"] for k in range(4)]
+    assert len(set(losses)) == 4
+    assert losses[0] == pytest.approx(go("--trainer none --num_train 0")["loss"], rel=1e-6)
+    assert losses[2] == go(f"{flags} out/checkpoint-8")["loss"] and losses[3] == go(f"{flags} out")["loss"]
+    go(f"{flags} out --boosters 9", status=2)
+    assert "--boosters 9" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["--lora", "--xgblora --xgblora_steps_per_iteration 3"])
+def test_other_linear_layers_can_be_adapted(go, mode, capsys):
+    flags = f"{ZO} {mode} --lora_targets k_proj,down_proj"
+    result = go(flags)
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "k_proj"]
+    assert go("--trainer none --num_train 0 --adapter out")["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    go(f"{ZO} {mode} --lora_targets nothing --output_dir other", status=2)
+    assert "called nothing" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_training_goes_on_from_an_adapter(go):
     go(BOOST)
     result = go(in_folder("more") + " --adapter out")
