@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from methods import get_method
 from tasks import TASKS, Own
 from utils import UsageError, cpu_has_bf16
 
@@ -239,6 +240,13 @@ class OurArguments(TrainingArguments):
         for message, broken in needs.items():
             if broken:
                 raise UsageError(message)
+        if zo and get_method(self.zo_method).full_only and adapters:
+            raise UsageError(f"--zo_method {self.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
+        if not self.eos_token:
+            raise UsageError("--eos_token is empty: an answer has to end somewhere")
+        for name in ("seed", "train_set_seed"):
+            if (getattr(self, name) or 0) >= 2**32:
+                raise UsageError(f"--{name} is {getattr(self, name)}, but must be below 2**32")
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
         at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}

@@ -11,6 +11,8 @@ from statistics import fmean
 
 import torch
 
+from utils import UsageError
+
 FACTORS = (1.0, 1 / 4, 1 / 16)
 PROBE = -1  # the step whose directions are asked for: no training step has it
 
@@ -54,6 +56,8 @@ def check(engine, closure, directions: int = 8) -> Findings:
     noise = math.sqrt(fmean(x * x for x in left) / (6 * (1 + (least / middle) ** 4)))
     noise_of_g = noise / (math.sqrt(2) * eps)
     seen = math.sqrt(fmean(x * x for x in g[1.0]))
+    if not seen:
+        raise UsageError(f"--zo_check: the loss does not move at all with eps {eps:g}: give a larger --zo_eps")
     true = math.sqrt(max(seen**2 - noise_of_g**2, (0.01 * seen) ** 2))
     change = fmean((a - b) ** 2 for a, b in zip(g[1.0], g[middle], strict=True))
     bend = math.sqrt(max(change - noise_of_g**2 * (1 + 1 / middle**2), 0.0)) / (1 - middle**2)

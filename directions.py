@@ -118,9 +118,16 @@ def stretch(name: str, counter: tuple, start: int, count: int, device="cpu") -> 
 def rows(name: str, counter: tuple, offset: int, width: int, index: Tensor) -> Tensor:
     """[len(index), width] fp32: rows of a matrix whose first element is element `offset` of a direction."""
     per_word, decode = DISTRIBUTIONS[name]
-    element = offset + index[:, None] * width + torch.arange(width, device=index.device)
-    decoded = decode(words(counter, element // per_word).flatten()).view(-1, per_word)
-    return decoded.gather(1, (element % per_word).view(-1, 1)).view(element.shape)
+    start = offset + index * width
+    span = torch.arange(width // per_word + 2, device=index.device)
+    out = torch.empty(len(index), width, device=index.device)
+    column = torch.arange(width, device=index.device)
+    step = max(1, BLOCK // (len(span) * per_word))
+    for first in range(0, len(index), step):
+        some = start[first : first + step]
+        decoded = decode(words(counter, (some // per_word)[:, None] + span).flatten()).view(len(some), -1)
+        torch.gather(decoded, 1, (some % per_word)[:, None] + column, out=out[first : first + step])
+    return out
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: int) -> Tensor:

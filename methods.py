@@ -18,6 +18,7 @@ class LOZO(Method):
     have. Vectors get full directions.
     """
 
+    full_only = True
     rank, interval = 2, 50
 
     def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows, device):

@@ -58,8 +58,13 @@ def table(directory: Path) -> list[str]:
     """Lines of a table: one row for all result files in a directory whose arguments differ in nothing but the seed."""
     rows: dict[str, list[dict]] = {}
     for path in sorted(directory.glob("*.json")):
-        result = json.loads(path.read_text())
-        if len(result.get("sets", ())) == 1:  # that of several sets holds nothing that the files of the sets don't
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:  # predictions, one JSON a line
+            continue
+        if (
+            isinstance(result, dict) and len(result.get("sets", ())) == 1
+        ):  # that of several sets holds nothing that the files of the sets don't
             kept = {name: value for name, value in result["args"].items() if name not in SEEDS}
             rows.setdefault(json.dumps(kept, sort_keys=True), []).append(result)
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]

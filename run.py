@@ -30,7 +30,7 @@ import starter
 from arguments import INCIDENTAL, OurArguments, parse
 from lora import LoRA, adapter_config
 from tasks import GENERATION, OPTIONS, TEXT, get_task
-from trainer import OurTrainer
+from trainer import TRAJECTORY, OurTrainer
 from trajectory import Trajectory
 from utils import UsageError, keep_pages, load_tokenizer, prompt_tokens, text_tokens
 
@@ -98,7 +98,7 @@ class Framework:
         model.eval().to(args.device)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
-        self.plain = not scoring.takes_packed(model)
+        self.plain = not scoring.takes_packed(model, self.max_length)
         if self.plain:
             logger.warning("%s can't take packed rows: scoring one padded row per candidate", args.model_label)
         if args.adapter and args.trainer == "none":
@@ -248,6 +248,7 @@ class Framework:
                 trainer.check()
             if found:
                 logger.info("going on from %s", found)
+            (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
             trainer.train(resume_from_checkpoint=str(found) if found else None)
         if args.xgblora and self.lora_module.trained():
             trainer.merge()

@@ -93,7 +93,7 @@ def trees(examples: Sequence[Example], plain: bool = False, start: int = 0) -> l
     """Examples as trees; those that begin alike share one where that is cheaper. With `plain`, a tree a candidate."""
     if plain:
         return [Tree.of([(i, x, [k])]) for i, x in enumerate(examples) for k in range(len(x.encodings))]
-    groups, made, length = [], [], 0
+    groups, made, length, reads = [], [], 0, 0
     for i in sorted(range(len(examples)), key=lambda i: examples[i].encodings[0]):
         x = examples[i]
         member = (i, x, range(len(x.encodings)))
@@ -101,13 +101,14 @@ def trees(examples: Sequence[Example], plain: bool = False, start: int = 0) -> l
         size = len(alone.tokens)
         if groups:
             joined = length + size - (common(groups[-1][-1][1].encodings[0], x.encodings[0]) - start)
-            if row_cost(joined) < row_cost(length) + row_cost(size):
+            reads += sum(x.option_lens)
+            if joined <= TOKENS and reads <= READS and row_cost(joined) < row_cost(length) + row_cost(size):
                 groups[-1].append(member)
                 length = joined
                 continue
         groups.append([member])
         made.append(alone)
-        length = size
+        length, reads = size, sum(x.option_lens)
     return [tree if len(group) == 1 else Tree.of(group, start) for tree, group in zip(made, groups, strict=True)]
 
 
@@ -274,16 +275,17 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copie
     return losses if copies else losses[0]
 
 
-def batches(forest: Sequence[Tree], tokens: int, reads: int) -> Iterator[list[Tree]]:
-    """Trees in groups within these bounds (one tree at least), longest first."""
+def batches(forest: Sequence[Tree], tokens: int, reads: int, padded: bool = False) -> Iterator[list[Tree]]:
+    """Trees in groups within these bounds (one tree at least), longest first; `padded` to the longest or not."""
     group, used, read = [], 0, 0
     for tree in sorted(forest, key=lambda tree: -len(tree.tokens)):
         wanted = sum(map(len, tree.reads.values()))
-        if group and (used + len(tree.tokens) > tokens or read + wanted > reads):
+        size = len(group[0].tokens) if padded and group else len(tree.tokens)
+        if group and (used + size > tokens or read + wanted > reads):
             yield group
             group, used, read = [], 0, 0
         group.append(tree)
-        used, read = used + len(tree.tokens), read + wanted
+        used, read = used + (size if len(group) > 1 else len(tree.tokens)), read + wanted
     if group:
         yield group
 
@@ -302,7 +304,7 @@ def score(
     cache = prefix_cache(model, examples[0].encodings[0][:start]) if start else None
     sums: dict[tuple[int, int], float] = {}
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
-        for group in batches(trees(examples, plain, start), budget, READS):
+        for group in batches(trees(examples, plain, start), budget, READS, padded=plain):
             batch = {name: tensor.to(device) for name, tensor in layout(examples, group, plain).items()}
             sums |= zip(options(group), option_sums(model, batch, cache)[0].tolist(), strict=True)
             bar.update(sum(k == 0 for _, k in options(group)))
@@ -322,15 +324,18 @@ def shared_beginning(examples: Sequence[Example]) -> int:
     return shared if shared >= SHARED else 0
 
 
-def takes_packed(model: nn.Module) -> bool:
+def takes_packed(model: nn.Module, longest: int = TOKENS) -> bool:
     """Whether this model scores packed rows as it scores plain ones, found by scoring short examples both ways, with
     and without a beginning that all of them share and that a cache holds.
 
-    A kernel that drops the mask, positions that can't restart (ALiBi) or windows in attention would give silent wrong
-    numbers; such a model gets plain rows.
+    A kernel that drops the mask, positions that can't restart (ALiBi) or windows in attention that are shorter than a
+    row or the `longest` prompt would give silent wrong numbers; such a model gets plain rows.
     """
     config = model.config.get_text_config()
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        return False
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if (window and window <= max(TOKENS, longest)) or "local" in (getattr(config, "attention_layers", None) or []):
         return False
     top = config.vocab_size - 1
     prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]

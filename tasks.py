@@ -313,12 +313,23 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], str]:
             row = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{path}, row {number}: not JSON ({error})") from error
+        if "\\ud" in line and not writable(row):
+            raise UsageError(f"{path}, row {number}: half of a surrogate pair, such as \\ud83d alone, is no text")
         if not isinstance(row, dict):
             raise UsageError(f"{path}, row {number}: a row is an object with columns, not {type(row).__name__}")
         rows.append((number, row))
     if not rows:
         raise UsageError(f"{path}: no rows")
     return rows, hashlib.sha256(raw).hexdigest()
+
+
+def writable(row) -> bool:
+    """Whether all texts of a row can be written as UTF-8: half of an emoji can't."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_row(where: str, row: dict, spec: Spec) -> None:

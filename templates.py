@@ -136,10 +136,10 @@ def own(text: str, ending: Callable[[dict, object], str]) -> Template:
     """
     text = text.replace("\\n", "\n").replace("\\t", "\t")
     sep = "" if text[-1:].isspace() else " "
-    tail = list(Formatter().parse(text))[-1]
-    calibration = tail[0] if tail[1] is None else ""
+    parts = [(literal, name) for literal, name, _, _ in Formatter().parse(text)]
+    calibration = parts[-1][0] if parts[-1][1] is None else ""
     return Template(
-        lambda data: text.format(**{name: str(data[name]).strip() for name in fields(text)}),
+        lambda data: "".join(literal + ("" if name is None else str(data[name]).strip()) for literal, name in parts),
         lambda data, candidate: sep + ending(data, candidate).lstrip(),
         calibration=lambda data: calibration,
     )

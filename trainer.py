@@ -78,6 +78,8 @@ class OurTrainer(Trainer):
         self.lora_module = None
         self._staging = None
         super().__init__(*args, **kwargs)
+        # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
         self.zeroth_order = self.args.trainer == "zo"
         self.takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
@@ -181,7 +183,11 @@ class OurTrainer(Trainer):
             return False
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or str(found))
+        self._load_from_checkpoint(str(Path(found).parent / Path(best).name) if best else str(found))
+        if self.zeroth_order:
+            self.create_optimizer()
+            saved = torch.load(Path(found) / "optimizer.pt", weights_only=True)
+            self.zo.trajectory = Trajectory(**saved["trajectory"])
         return True
 
     # ---- evaluation ----
@@ -216,7 +222,7 @@ class OurTrainer(Trainer):
 
     def save_trajectory(self) -> None:
         """Write what rebuilds the run's result (the best checkpoint's step, where it was taken) without its data."""
-        if not (self.zeroth_order and self.method.replayable) or self.optimizer is None:  # finished before
+        if not (self.zeroth_order and self.method.replayable):
             return
         merges = [entry["step"] for entry in self.state.log_history if entry.get("merged_booster") and entry["step"]]
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
@@ -233,7 +239,6 @@ class OurTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / checkpoint.PARTIAL
         shutil.rmtree(self._staging, ignore_errors=True)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
             best = output_dir / f"checkpoint-{self.state.best_global_step}"
@@ -245,8 +250,8 @@ class OurTrainer(Trainer):
             checkpoint.publish(written, output_dir / name)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging, self.args.save_total_limit = None, limit
-        checkpoint.rotate(output_dir, limit, keep=self.state.best_model_checkpoint)
+            self._staging = None
+        checkpoint.rotate(output_dir, self.limit, keep=self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.lora_module is None:

@@ -101,16 +101,17 @@ def prompt_tokens(
             # A bare label word (calibration) on a tokenizer without BOS: something must predict its first token.
             start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             encodings = [[start, *ids] for ids in encodings]
-    if generation and max_new_tokens is not None:
-        max_length -= max_new_tokens
-    cut = max(0, max(map(len, encodings)) - max_length)
+    room = max_length - (max_new_tokens or 0 if generation else 0)
+    cut, keep = max(0, max(map(len, encodings)) - room), 0
     if cut:
         keep = int(encodings[0][0] == tokenizer.bos_token_id)
         encodings = [ids[:keep] + ids[keep + cut :] for ids in encodings]
-    if any(len(ids) - n < 1 for ids, n in zip(encodings, option_lens, strict=True)):
+    if any(len(ids) - n - keep < 1 for ids, n in zip(encodings, option_lens, strict=True)):
+        taken = f"an option of {max(option_lens)} tokens" if not open_ended else "an answer"
+        answer = f" and --max_new_tokens {max_new_tokens}" if generation and max_new_tokens else ""
         raise UsageError(
-            f"--max_length {max_length} leaves no prompt token beside an option of {max(option_lens)} tokens "
-            f"(example {eval_sample.id}); give at least {max(option_lens) + 1}"
+            f"--max_length {max_length}{answer} leaves no prompt token beside {taken} (example {eval_sample.id}); give "
+            f"--max_length {max_length - room + max(option_lens) + keep + 1} or more"
         )
     return encodings, option_lens, cut
 
@@ -124,25 +125,31 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
     turns is not the beginning of its text for all.
     """
     if "messages" not in row:
-        start = len(tokenizer(row["prompt"])["input_ids"])
-        ids = [*tokenizer(row["prompt"] + row["response"], verbose=False)["input_ids"], tokenizer.eos_token_id]
-        learned = range(start, len(ids))
+        text, spans = row["prompt"] + row["response"], [(len(row["prompt"]), len(row["prompt"] + row["response"]))]
     else:
         if not tokenizer.chat_template:
             raise UsageError("the model's tokenizer has no chat template; columns prompt and response need none")
-        turns = row["messages"]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        spans = []
+        turns, spans = row["messages"], []
+
+        def render(n: int, **more) -> str:
+            try:
+                return tokenizer.apply_chat_template(turns[:n], tokenize=False, **more) if n else ""
+            except Exception as error:  # templates raise for roles and orders that their model was not trained on
+                raise UsageError(f"{where}: the chat template refuses these turns ({error})") from error
+
+        text = render(len(turns))
         for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-            before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True) if i else ""
-            after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+            before, after = render(i, add_generation_prompt=True), render(i + 1)
             if not (text.startswith(after) and after.startswith(before)):
                 raise UsageError(f"{where}: the chat template rewrites earlier turns when later ones follow")
             spans.append((len(before), len(after)))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = encoded["input_ids"]
-        begins = [begin for begin, _ in encoded["offset_mapping"]]
-        learned = [p for p, begin in enumerate(begins) if any(a <= begin < b for a, b in spans)]
+    chat = "messages" in row  # its template writes the special tokens itself
+    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False)
+    ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
+    learned = [p for p, end in enumerate(ends) if any(a < end <= b for a, b in spans)]
+    if not chat:
+        learned.append(len(ids))
+        ids.append(tokenizer.eos_token_id)
     cut = max(0, len(ids) - max_length)
     keep = int(cut > 0 and ids[0] == tokenizer.bos_token_id)
     ids = ids[:keep] + ids[keep + cut :]

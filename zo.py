@@ -111,6 +111,7 @@ class Method:
     """
 
     replayable = True
+    full_only = False  # its directions need the tensors of a full fine-tune, and adapters lie in one flat vector
 
     def __init__(self, queries: int = 1):
         self.queries = queries

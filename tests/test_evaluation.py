@@ -194,6 +194,10 @@ TASK_FLAGS = {
     "--task_name SST2 --top_p 0": ("--top_p",),
     "--task_name SST2 --temperature 0": ("--temperature",),
     "--task_name SST2 --max_new_tokens 0": ("--max_new_tokens",),
+    "--task_name SST2 --eos_token=": ("--eos_token",),
+    "--task_name SST2 --seed 4294967296": ("--seed", "2**32"),
+    "--task_name SST2 --trainer zo --lora --zo_method lozo": ("--zo_method lozo", "adapters"),
+    "--task_name SST2 --trainer zo --lora --zo_check --zo_eps 1e-12 --max_steps 1": ("--zo_check", "larger --zo_eps"),
 }
 
 
@@ -211,6 +215,7 @@ def test_results_are_printed_as_a_table(go, tmp_path, capsys):
     for seed in (1, 2):
         result = go(f"--task_name SST2 {ZO} --seed {seed} --learning_rate 0.1")
         (folder / f"{seed}.json").write_text(json.dumps(result))
+    (folder / "predictions.json").write_text('{"id": 1}\n{"id": 2}\n')
     capsys.readouterr()
     assert results.main([str(folder)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 
+import run
 from trajectory import Trajectory
 
 RUN = "--trainer zo --learning_rate 1e-2 --seed 3 --save_model --max_steps 11 --save_steps 2"
@@ -107,3 +108,20 @@ def test_the_check_is_printed_before_the_run(go, caplog):  # noqa: F811
     assert "49 forwards" in said[0] and len(said) >= 2
     go(f"{BOOST} --zo_eps 1e-2 --output_dir other")
     assert adapter_bytes("other") == calm  # it changes nothing
+
+
+def test_a_finished_run_keeps_its_last_checkpoint_and_writes_its_trajectory_again(go, monkeypatch):  # noqa: F811
+    """With a limit of one checkpoint and the best one early: mezo.sh's flags."""
+    values, evaluate = iter([0.1, 0.9, *[0.2] * 40]), run.Framework.evaluate
+    monkeypatch.setattr(
+        run.Framework, "evaluate", lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(values, 0.1)}
+    )
+    flags = f"{BOOST} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --no_eval"
+    flags += " --save_total_limit 1"
+    go(flags)
+    assert {path.name for path in Path("out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-11"}
+    expected, weights = Path(trajectory()).read_bytes(), adapter_bytes()
+    Path(trajectory()).unlink()
+    Path("out").rename("moved")
+    go(flags.replace("--output_dir out", "--output_dir moved"))
+    assert Path(trajectory("moved")).read_bytes() == expected and adapter_bytes("moved") == weights

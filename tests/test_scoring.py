@@ -182,6 +182,24 @@ def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
         assert_close(scoring.score(model, some_examples(), plain=True), plain_scores(model, some_examples()))
 
 
+def test_windows_longer_than_the_probe_are_seen_too():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
+    model = lambda window: MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()  # noqa: E731
+    assert not scoring.takes_packed(model(64)) and not scoring.takes_packed(model(4096), longest=8192)
+    assert scoring.takes_packed(model(4096)) and scoring.takes_packed(model(None))
+
+
+def test_trees_and_batches_have_a_bound():
+    beginning = list(range(200)) * 5
+    examples = [Example([[*beginning, i % 250, i % 7, 9]], [1]) for i in range(3000)]
+    sizes = [len(tree.tokens) for tree in scoring.trees(examples)]
+    assert len(sizes) > 1 and max(sizes) <= scoring.TOKENS
+    plain = [Example([[1] * 1500], [1]), *(Example([[1] * 20], [1]) for _ in range(100))]
+    for group in scoring.batches(scoring.trees(plain, plain=True), 2048, 10**6, padded=True):
+        assert len(group) == 1 or len(group) * len(group[0].tokens) <= 2048
+
+
 def test_nan_is_an_error_and_not_class_0():
     model = tiny_model("opt")
     model.get_output_embeddings().weight.data.fill_(math.nan)

@@ -146,7 +146,7 @@ def test_an_option_without_a_prompt_gets_a_start_token():
 def test_options_and_prompts_without_tokens_are_refused():
     with pytest.raises(UsageError, match="no token of its own"):
         encode("text", ["yes", ""])
-    with pytest.raises(UsageError, match="--max_length 3"):
+    with pytest.raises(UsageError, match=r"--max_length 3"):
         encode("text", ["yes", "no"], max_length=3)
 
 
@@ -314,6 +314,44 @@ def test_a_response_is_learned_with_the_end_of_text():
     assert tokenizer.decode(ids) == "2+2=4</s>" and tokenizer.decode([ids[p] for p in learned]) == "4</s>"
 
 
+def test_a_token_across_the_seam_of_prompt_and_response_is_learned():
+    """SmolLM2 makes one token of the space that ends the prompt and the word that begins the response."""
+    tokenizer = load_tokenizer(starter("smollm2-135m"))
+    ids, learned, _ = text_tokens(tokenizer, {"prompt": "Is it? A: ", "response": "yes"}, 100, "here")
+    assert tokenizer.decode([ids[p] for p in learned]) == " yes<|im_end|>"
+
+
+def test_a_chat_template_that_raises_is_named():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match=r"here: the chat template refuses these turns .*alternate"):
+        text_tokens(tokenizer, {"messages": TURNS}, 100, "here")
+
+
+def test_half_an_emoji_is_refused(tmp_path):
+    (tmp_path / "SST2").mkdir()
+    (tmp_path / "SST2" / "train.jsonl").write_text('{"sentence": "fine \\ud83d", "label": 1}\n')
+    with pytest.raises(UsageError, match="row 1: half of a surrogate pair"):
+        get_task("SST2", tmp_path)
+
+
+def test_a_column_may_have_any_name(tmp_path):
+    task = own_task(tmp_path, [{"a.b": "x", "0": "y", "out": "z"}], template="{a.b} {0}:", answer_column="out")
+    assert task.get_template().encode(task.samples["train"][0]) == "x y:"
+
+
+def test_a_prompt_of_nothing_but_a_bos_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 256)])
+    sample = Sample(0, {"text": "abcdefgh"}, "X", ["X"])
+    with pytest.raises(UsageError, match=r"--max_length 2 leaves no prompt token .* give --max_length 3 or more"):
+        encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 2)
+    assert len(encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 3)[0][0]) == 3
+    more = {"generation": True, "max_new_tokens": 5}
+    with pytest.raises(UsageError, match=r"--max_length 6 and --max_new_tokens 5 .* give --max_length 7 or more"):
+        encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 6, **more)
+
+
 def test_chats_that_cant_be_marked_are_refused():
     with pytest.raises(UsageError, match="no chat template"):
         text_tokens(tiny_tokenizer(), {"messages": TURNS}, 100, "here")
@@ -321,5 +359,5 @@ def test_chats_that_cant_be_marked_are_refused():
     tokenizer.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(UsageError, match="here: the chat template rewrites"):
         text_tokens(tokenizer, {"messages": TURNS}, 100, "here")
-    with pytest.raises(UsageError, match="--max_length 1"):
+    with pytest.raises(UsageError, match=r"--max_length 1"):
         text_tokens(tokenizer, {"prompt": "2+2=", "response": "4"}, 1, "here")
