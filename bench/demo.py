@@ -23,6 +23,7 @@ import run  # noqa: E402
 import scoring  # noqa: E402
 import utils  # noqa: E402
 from metrics import accuracy, best_threshold_accuracy  # noqa: E402
+from results import write as write_result  # noqa: E402
 from zo import ZerothOrder  # noqa: E402
 
 OUT = ROOT / "result" / "demo"
@@ -93,7 +94,7 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "margins": margins[:SHOWN],
     }
-    run.write_result(OUT / f"{name}.json", made.args, [measured])
+    write_result(OUT / f"{name}.json", made.args, [measured])
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
