@@ -46,19 +46,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--plain", type=int, default=100, help="rows of the plain computation; a quarter of long tasks")
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
     args = parser.parse_args()
     utils.keep_pages()
     model = None
     print(f"{'':12} {'demos':>5} {'metric':>9} {'seconds':>8} | {'rows':>4} {'ours':>6} {'plain':>6} {'seconds':>8}"
           f" {'differ':>6} {'max diff':>9} {'of bound':>8}")  # fmt: skip
     for demos in args.demonstrations:
-        for name, spec in tasks.TASKS.items():
+        for name, spec in ((name, tasks.TASKS[name]) for name in args.tasks):
             args_of = argparse.Namespace(
                 model_name=args.model_name, data_dir=args.data_dir if spec.hub else args.starter
             )
             framework = framework_of(args_of, name, model=model)
             model = framework.model
-            if demos == 0 and name == "SST2":
+            if (demos, name) == (args.demonstrations[0], args.tasks[0]):
                 scoring.score(model, framework.examples(framework.task.sample_subset("train", 0, 8)))  # warms up
             samples = framework.task.sample_subset("validation", 0, args.rows)
             shots = framework.task.sample_subset("train", 0, demos)
