@@ -11,6 +11,7 @@ out whether a model can do this, and where it can't, `plain=True` uses such rows
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -299,6 +300,12 @@ def score(
     Raises FloatingPointError where the model gives NaN, which a comparison of scores would hide.
     """
     model.eval()
+    split = [] if plain else parts([x.encodings[0] for x in examples])
+    if len(split) > 1:
+        found = {}
+        for part in split:
+            found |= zip(part, score(model, [examples[i] for i in part], budget, plain, progress), strict=True)
+        return [found[i] for i in range(len(examples))]
     device = next(model.parameters()).device
     start = 0 if plain else shared_beginning(examples)
     cache = prefix_cache(model, examples[0].encodings[0][:start]) if start else None
@@ -312,6 +319,16 @@ def score(
     if any(value != value for values in scores for value in values):
         raise FloatingPointError("the model gives NaN as the log-probability of an option")
     return scores
+
+
+def parts(encodings: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of those that begin like most of them, and of the others: a prompt that was cut on its left lost the
+    beginning that it had in common with the rest. One part where no beginning is shared by more than half."""
+    beginnings = [tuple(ids[:SHARED]) for ids in encodings]
+    usual, n = Counter(beginnings).most_common(1)[0] if beginnings else ((), 0)
+    if not len(beginnings) / 2 < n < len(beginnings):
+        return [list(range(len(beginnings)))]
+    return [[i for i, b in enumerate(beginnings) if (b == usual) == wanted] for wanted in (True, False)]
 
 
 def shared_beginning(examples: Sequence[Example]) -> int:

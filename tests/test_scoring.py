@@ -123,6 +123,17 @@ def test_what_all_examples_begin_with_goes_in_once():
     assert_close(scores, plain_scores(model, examples))
 
 
+def test_one_prompt_that_was_cut_does_not_take_the_cache_from_the_others():
+    model, beginning = tiny_model("llama"), list(range(60))
+    examples = [Example([[*beginning, 100 + i, 1], [*beginning, 100 + i, 2]], [1, 1]) for i in range(9)]
+    examples[4] = Example([[*beginning[20:], 104, 1], [*beginning[20:], 104, 2]], [1, 1])
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    scores = scoring.score(model, examples)
+    assert sum(seen) == 60 + 8 + 41
+    assert_close(scores, plain_scores(model, examples))
+
+
 def test_tokens_to_be_learned_may_stand_anywhere():
     model = tiny_model("opt")
     ids, wanted = list(range(30)), [3, 4, 11, 29]
