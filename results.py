@@ -15,7 +15,7 @@ from utils import peak_memory_mb
 
 METRICS = ("accuracy", "macro_f1", "f1", "em", "perplexity", "loss")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
-SEEDS = ("seed", "data_seed", "train_set_seed", "output_dir", "given_output_dir", "result_file", "predictions")
+SEEDS = ("seed", "data_seed", "train_set_seed", "output_dir", "result_file", "predictions")
 
 
 def path_of(args, seeds: list[int | None]) -> Path:
@@ -62,9 +62,8 @@ def table(directory: Path) -> list[str]:
             result = json.loads(path.read_text())
         except ValueError:  # predictions, one JSON a line
             continue
-        if (
-            isinstance(result, dict) and len(result.get("sets", ())) == 1
-        ):  # that of several sets holds nothing that the files of the sets don't
+        # the file of several sets holds nothing that the files of the sets don't
+        if isinstance(result, dict) and len(result.get("sets", ())) == 1:
             kept = {name: value for name, value in result["args"].items() if name not in SEEDS}
             rows.setdefault(json.dumps(kept, sort_keys=True), []).append(result)
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]

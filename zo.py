@@ -145,7 +145,7 @@ class ZerothOrder(torch.optim.Optimizer):
             tenth of a module's elements are trained. Otherwise no copy is kept: half-precision weights are updated by
             stochastic rounding, so that the expected update is the exact one.
         method: a `Method` (default: MeZO with `queries` directions a step, whose updates are averaged).
-        distribution: of z, "gaussian" or "rademacher" (±1, a tenth of the price).
+        distribution: of z, "gaussian" or "rademacher" (±1, a third of the price).
         optim: "sgd", or with a master "momentum" (0.9) or "adamw": the estimate goes to torch.optim as a gradient.
         spread: with a master, called with one [copies, …] perturbation per parameter, or None, so that one forward can
             serve several points (`copies` of `estimate`); `LoRA.spread` is one.
@@ -163,8 +163,7 @@ class ZerothOrder(torch.optim.Optimizer):
     ):  # fmt: skip
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"eps must be a positive number, not {eps}")
-        self.module = params if isinstance(params, nn.Module) else None
-        if self.module is not None:
+        if isinstance(params, nn.Module):
             total = sum(p.numel() for p in params.parameters())
             params = [p for p in params.parameters() if p.requires_grad]
             master = 10 * sum(p.numel() for p in params) < total if master is None else master

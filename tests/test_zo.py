@@ -284,7 +284,7 @@ def test_parameters_used_in_their_own_way_are_perturbed_too():
     assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
 
 
-def test_no_second_copy_and_no_large_temporary():
+def test_no_second_copy_and_no_large_temporary(monkeypatch):
     """Every tensor that a step makes is a small part of the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(4000, 256), nn.Linear(256, 4000), nn.Linear(4000, 1))
@@ -298,13 +298,9 @@ def test_no_second_copy_and_no_large_temporary():
             return out
 
     engine = ZerothOrder(model, lr=1e-3, eps=1e-2, master=False)
-    monkey = directions.BLOCK
-    directions.BLOCK = 1 << 14
-    try:
-        with Watch():
-            engine.step(lambda: model(ids).mean())
-    finally:
-        directions.BLOCK = monkey
+    monkeypatch.setattr(directions, "BLOCK", 1 << 14)
+    with Watch():
+        engine.step(lambda: model(ids).mean())
     assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
 
 
