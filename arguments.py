@@ -14,39 +14,13 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from defaults import published
+from lora import layer_choice
 from methods import get_method
 from tasks import TASKS, Own
 from utils import UsageError, cpu_has_bf16
 
 logger = logging.getLogger(__name__)
-
-# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
-# XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
-SCALING = 16  # alpha / rank that the entries with B alone belong to
-DEFAULTS = {
-    ("zo", "ft", False, False): (1e-6, 1e-3),
-    ("zo", "lora", False, False): (5e-5, 1e-2),
-    ("zo", "lora", False, True): (1e-3, 1e-2),
-    ("zo", "lora", True, False): (1e-3, 1e-2),
-    ("zo", "lora", True, True): (5e-3, 3e-2),
-    ("zo", "xgblora", False, False): (3e-4, 1e-2),
-    ("zo", "xgblora", False, True): (1e-3, 1e-2),
-    ("zo", "xgblora", True, False): (1e-3, 1e-2),
-    ("zo", "xgblora", True, True): (5e-3, 3e-2),
-    ("regular", "ft", False, False): (1e-5, None),
-    ("regular", "lora", False, False): (1e-3, None),
-    ("regular", "xgblora", False, False): (1e-3, None),
-}
-# Flags that a rerun may change without becoming another run: where and how often something is written or shown.
-INCIDENTAL = {
-    "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
-    "save_merged", "zo_check", "replay", "replay_steps",
-    "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
-    "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
-    "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir", "data_seed",
-    "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "num_train_sets", "logging_dir", "do_eval",
-}  # fmt: skip
 
 
 def flag(default, group: str, help: str, **kwargs):
@@ -142,6 +116,31 @@ class OurArguments(TrainingArguments):
     xgblora: bool = flag(False, "adapters", "boost with rank-1 adapters: train, merge, start afresh")
     xgblora_steps_per_iteration: int = flag(0, "adapters", "merge every N steps; 0 merges by epochs")
     xgblora_merge_frequency: int = flag(1, "adapters", "merge every n epochs (where steps are off)")
+    xgblora_ensemble: bool = flag(
+        False, "adapters", "boosters stay beside the weights as one growing adapter: nothing is rounded"
+    )
+    xgblora_rank_schedule: str | None = flag(
+        None, "adapters", "rank of each round, the last one for all to come: 1,1,2,4 (default: 1)"
+    )
+    xgblora_layers: str = flag(
+        "all", "adapters", "adapt all decoder layers, the upper ones (top:N), or N drawn anew each round (random:N)"
+    )
+    xgblora_adaptive: bool = flag(
+        False, "adapters", "line search of each booster's step length on the dev rows' loss; a stalled round ends early"
+    )
+    xgblora_patience: int | None = flag(
+        None, "adapters", "adaptive: a round whose dev loss has not fallen for so many steps ends (default: N / 4)"
+    )
+    xgblora_a_warmup: int = flag(0, "adapters", "hold A for the first n steps of a round, until B has left 0")
+    xgblora_restart_lr: bool = flag(False, "adapters", "the learning rate schedule spans a round and begins anew")
+    xgblora_best: bool = flag(False, "adapters", "keep the first boosters that do best on the dev rows, drop the rest")
+    staged: int = flag(0, "adapters", "also evaluate the first 0, n, 2n, … boosters: a table, and a picture")
+    export_rank: int | None = flag(
+        None, "adapters", "write the nearest LoRA of this rank to --output_dir/rank<r> and say what it lacks"
+    )
+    zo_cache_activations: bool = flag(
+        False, "training", "with --xgblora_layers top:N: run the layers below once per training row, and keep that"
+    )
     prefix_tuning: bool = flag(False, "adapters", "not available yet: refused")
 
     learning_rate: float | None = flag(None, "training", "step size (default: by trainer and mode)")
@@ -156,9 +155,10 @@ class OurArguments(TrainingArguments):
         trains, zo = self.trainer != "none", self.trainer == "zo"
         self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
         self.check(trains, zo)
-        if self.lora_r is None:
-            self.lora_r = 1 if self.xgblora else 8
-        learning_rate, eps = self.published(zo)
+        if self.ranks or self.lora_r is None:
+            self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
+        scaling = self.lora_alpha / self.lora_r
+        learning_rate, eps = published(self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling)
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
         if self.lr_scheduler_type is None:
@@ -179,18 +179,6 @@ class OurArguments(TrainingArguments):
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
 
-    def published(self, zo: bool) -> tuple[float, float | None]:
-        """(learning rate, eps) of the table for these choices.
-
-        With B alone trained the model sees scaling · B A, so both follow exactly from their values at another scaling.
-        """
-        key = (self.trainer, self.mode, zo and self.zo_normalize, zo and self.lora_freeze_a)
-        learning_rate, eps = DEFAULTS.get(key, (0.0, None))
-        if key[-1]:
-            ratio = SCALING * self.lora_r / self.lora_alpha
-            learning_rate, eps = learning_rate * ratio ** (1 if self.zo_normalize else 2), eps * ratio
-        return learning_rate, eps
-
     def check(self, trains: bool, zo: bool) -> None:
         """Raise UsageError for choices that exclude each other or lie out of range."""
         conflicts = {
@@ -208,13 +196,35 @@ class OurArguments(TrainingArguments):
             and self.train_as_classification
             and not self.only_train_option,
             ("--num_dev", "--trainer none"): self.num_dev and not trains,
+            ("--xgblora_a_warmup", "--lora_freeze_a"): self.xgblora_a_warmup and self.lora_freeze_a,
+            ("--staged", "--no_eval"): self.staged and self.no_eval,
             ("--eval_strategy", "no --num_dev"): trains and self.eval_strategy != "no" and not self.num_dev,
         }
         for names, clash in conflicts.items():
             if clash:
                 raise UsageError(f"{names[0]} and {names[1]} exclude each other")
-        adapters = self.lora or self.xgblora
+        adapters, boosts = self.lora or self.xgblora, self.xgblora and trains
+        kind, _ = layer_choice(self.xgblora_layers)
+        named = {
+            name: getattr(self, name)
+            for name in ("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
+                         "xgblora_best")
+        }  # fmt: skip
         needs = {
+            **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in named.items()},
+            "--xgblora_ensemble needs --xgblora or --adapter": self.xgblora_ensemble
+            and not (boosts or (self.adapter and not trains)),
+            "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (adapters and trains),
+            f"--xgblora_layers {self.xgblora_layers} needs --xgblora": kind == "random" and not self.xgblora,
+            "--xgblora_adaptive and --xgblora_best go by dev rows: give --num_dev": (
+                self.xgblora_adaptive or self.xgblora_best
+            )
+            and not self.num_dev,
+            "--xgblora_patience needs --xgblora_adaptive": self.xgblora_patience and not self.xgblora_adaptive,
+            "--zo_cache_activations needs --trainer zo and --xgblora_layers top:N": self.zo_cache_activations
+            and not (zo and kind == "top"),
+            "--staged needs --xgblora or --adapter": self.staged and not (boosts or (self.adapter and not trains)),
+            "--export_rank needs --lora, --xgblora or --adapter": self.export_rank and not (adapters or self.adapter),
             "--zo_normalize needs --trainer zo and --lora or --xgblora": self.zo_normalize and not (zo and adapters),
             "--lora_freeze_a needs --trainer zo and --lora or --xgblora": self.lora_freeze_a and not (zo and adapters),
             "--template and the other flags of own data need --task_name own": self.own != Own()
@@ -232,7 +242,8 @@ class OurArguments(TrainingArguments):
             "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
             "--resume_from_checkpoint is not needed: the same command goes on by itself": self.resume_from_checkpoint,
             f"--lora_r {self.lora_r} with --xgblora: boosters are of rank 1": self.xgblora
-            and self.lora_r not in (None, 1),
+            and self.lora_r not in (None, 1)
+            and not self.xgblora_rank_schedule,
             f"--adapter {self.adapter} with --trainer {self.trainer} needs --lora or --xgblora": self.adapter
             and trains
             and not adapters,
@@ -249,6 +260,7 @@ class OurArguments(TrainingArguments):
                 raise UsageError(f"--{name} is {getattr(self, name)}, but must be below 2**32")
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
         at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
+        at_least |= {"xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -270,9 +282,9 @@ class OurArguments(TrainingArguments):
             logger.info("learning rate %g (%s), eps %s, batch %d", self.learning_rate, self.lr_scheduler_type.value,
                         self.zo_eps, self.per_device_train_batch_size)  # fmt: skip
         if self.lora or self.xgblora:
-            logger.info(
-                "adapters: rank %d, alpha %g%s", self.lora_r, self.lora_alpha, ", B only" if self.lora_freeze_a else ""
-            )
+            ranks = self.xgblora_rank_schedule or self.lora_r
+            only = ", B only" if self.lora_freeze_a else ""
+            logger.info("adapters: rank %s, alpha %g%s, layers %s", ranks, self.lora_alpha, only, self.xgblora_layers)
         if self.xgblora and self.lora:
             logger.info("--xgblora takes the place of --lora")
         if self.device.type == "cpu":
@@ -292,6 +304,18 @@ class OurArguments(TrainingArguments):
     def own(self) -> Own:
         """What the flags of own data say."""
         return Own(**{f.name: getattr(self, f.name) for f in fields(Own)})
+
+    @property
+    def ranks(self) -> list[int] | None:
+        """Ranks of the rounds, where a schedule is given."""
+        if self.xgblora_rank_schedule is None:
+            return None
+        words = self.xgblora_rank_schedule.split(",")
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise UsageError(
+                f"--xgblora_rank_schedule {self.xgblora_rank_schedule}: ranks with commas, such as 1,1,2,4"
+            )
+        return [int(word) for word in words]
 
     @property
     def generating(self) -> dict:

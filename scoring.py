@@ -31,13 +31,15 @@ SHARED = 16  # tokens that all examples must begin with to be worth a cache
 class Example:
     """Token ids of each option behind its prompt, how many of them are the option's, and which option is right.
 
-    The option's tokens are the last ones, unless `targets` names their positions.
+    The option's tokens are the last ones, unless `targets` names their positions. `places`: of each token that goes
+    into the model, where a store (bottom.py) holds its hidden state.
     """
 
     encodings: list[list[int]]
     option_lens: list[int]
     label: int = 0
     targets: list[list[int]] | None = None
+    places: list[list[int]] | None = None
 
     def positions(self, option: int) -> Sequence[int]:
         """Where in its encoding the tokens of an option stand."""
@@ -55,6 +57,7 @@ class Tree:
     ends: list[int] = field(default_factory=list)  # of each token, where the part of the tree below it ends
     reads: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     # (example, option) -> [(token that predicts it, target id)]
+    paths: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (example, option) -> its tokens
 
     @classmethod
     def of(cls, chosen: Sequence[tuple[int, Example, Sequence[int]]], start: int = 0) -> "Tree":
@@ -72,6 +75,7 @@ class Tree:
             tree.tokens += ids[shared:]
             tree.positions += range(start + shared, start + len(ids))
             tree.ends += [0] * new
+            tree.paths[i, k] = [*path]
             tree.reads[i, k] = [(path[p - 1 - start], x.encodings[k][p]) for p in x.positions(k)]
             previous = ids
         for node in path:
@@ -124,7 +128,8 @@ def layout(examples: Sequence[Example], forest: Sequence[Tree], plain: bool = Fa
     Tokens [R, N]: `input_ids`, `position_ids`, `end`: the column where the part of the tree below a token ends (0 for
     filling); with `plain` in place of it `attention_mask`. Places [M]: `read_row`, `read_column`. Option tokens [T]:
     `token_read` (index into places), `token_target`, `token_option`. Options [O]: `option_lens`, `option_example`,
-    `option_index`. Examples [E], in the order of the trees: `label`.
+    `option_index`. Examples [E], in the order of the trees: `label`. Where the examples have `places`, also `stored`
+    [R, N]: the place of each token in the store.
     """
     sizes = [len(tree.tokens) for tree in forest]
     places = [(r, 0) for r in range(len(forest))] if plain else fit(sizes)
@@ -134,7 +139,8 @@ def layout(examples: Sequence[Example], forest: Sequence[Tree], plain: bool = Fa
     rank = {key: o for o, key in enumerate(keys)}
     chosen = {i: e for e, i in enumerate(dict.fromkeys(i for i, _ in keys))}
 
-    tokens = {name: torch.zeros((n_rows, width), dtype=torch.int64) for name in ("input_ids", "position_ids", "end")}
+    names = ["input_ids", "position_ids", "end"] + ["stored"] * (examples[0].places is not None)
+    tokens = {name: torch.zeros((n_rows, width), dtype=torch.int64) for name in names}
     reads: dict[tuple[int, int], int] = {}
     option_tokens = []
     for tree, (r, start) in zip(forest, places, strict=True):
@@ -145,6 +151,9 @@ def layout(examples: Sequence[Example], forest: Sequence[Tree], plain: bool = Fa
         for key, wanted in tree.reads.items():
             for node, target in wanted:
                 option_tokens.append((reads.setdefault((r, start + node), len(reads)), target, rank[key]))
+            if "stored" in tokens:
+                i, k = key
+                tokens["stored"][r, start + torch.tensor(tree.paths[key])] = torch.tensor(examples[i].places[k])
     if plain:
         tokens["attention_mask"] = (tokens.pop("end") > 0).long()
     token_columns = zip(("read", "target", "option"), zip(*option_tokens, strict=True), strict=True)
@@ -274,6 +283,19 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copie
         each = nn.functional.cross_entropy(scores.flatten(0, 1), batch["label"].repeat(n), reduction="none")
         losses = each.unflatten(0, (n, -1)).mean(1)
     return losses if copies else losses[0]
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], classification: bool, plain: bool = False) -> float:
+    """`loss` of many examples as if they were one batch, in packs of evaluation; NaN where the model gives NaN."""
+    try:
+        sums = score(model, examples, plain=plain)
+    except FloatingPointError:
+        return math.nan
+    if not classification:
+        return -sum(map(sum, sums)) / sum(len(x.positions(k)) for x in examples for k in range(len(x.encodings)))
+    means = [[s / n for s, n in zip(a, x.option_lens, strict=True)] for a, x in zip(sums, examples, strict=True)]
+    losses = [-torch.tensor(m).log_softmax(0)[x.label].item() for m, x in zip(means, examples, strict=True)]
+    return math.fsum(losses) / len(losses)
 
 
 def batches(forest: Sequence[Tree], tokens: int, reads: int, padded: bool = False) -> Iterator[list[Tree]]:

@@ -5,21 +5,24 @@ what a checkpoint holds (`_save`, `_load_from_checkpoint`); the loop itself is t
 `loss_fn` and `evaluate_fn` are given to it. A merge happens at the end of a step, before its evaluation and checkpoint.
 """
 
+import contextlib
 import inspect
 import itertools
 import json
 import logging
-import math
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+import bottom
 import checkpoint
 import scoring
+from boosting import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
 from check import advice, check, rounding_walk
 from methods import get_method
 from trajectory import Trajectory
@@ -42,25 +45,6 @@ def copies(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "aut
     return max(1, min(points, scoring.TOKENS // tokens))
 
 
-class BoostingCallback(TrainerCallback):
-    """Merges at the end of every N-th step, or else at the last step of every n-th epoch.
-
-    An epoch merge is not done in `on_epoch_end`: that comes after the checkpoint of the epoch's last step, and a resume
-    from there would lose the merge.
-    """
-
-    def __init__(self, trainer: "OurTrainer"):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
-        every = args.xgblora_steps_per_iteration
-        if not every:
-            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            every = steps_per_epoch * args.xgblora_merge_frequency
-        if state.global_step % every == 0:
-            self.trainer.merge()
-
-
 class OurTrainer(Trainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
@@ -68,14 +52,17 @@ class OurTrainer(Trainer):
         loss_fn(model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses, of n copies
             of the batch one behind the other, and a step may ask for several at once.
         evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
+        dev_loss_fn(model) -> the loss on dev rows, which `--xgblora_adaptive` goes by.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
     `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. None trains the whole model.
     """
 
-    def __init__(self, *args, loss_fn, evaluate_fn=None, settings=None, **kwargs):
-        self.loss_fn, self.evaluate_fn, self.settings = loss_fn, evaluate_fn, settings or {}
+    def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, **kwargs):
+        self.loss_fn, self.evaluate_fn, self.dev_loss_fn = loss_fn, evaluate_fn, dev_loss_fn
+        self.settings = settings or {}
         self.lora_module = None
+        self.store: bottom.Store | None = None
         self._staging = None
         super().__init__(*args, **kwargs)
         # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
@@ -84,23 +71,32 @@ class OurTrainer(Trainer):
         self.zeroth_order = self.args.trainer == "zo"
         self.takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
         self.method = get_method(self.args.zo_method)(self.args.zo_queries)
+        self.boosting = Boosting(self)
         if self.args.xgblora:
-            self.add_callback(BoostingCallback(self))
+            self.add_callback(self.boosting)
 
     # ---- the step ----
 
     def create_optimizer(self, model=None):
+        args, adapters = self.args, self.lora_module is not None
         if not self.zeroth_order:
-            return super().create_optimizer(model)
-        if self.optimizer is None:
-            adapters = self.lora_module is not None
-            decayed = () if adapters else self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
-            named = [(name in decayed, p) for name, p in self.model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for _, p in run], "weight_decay": self.args.weight_decay if decays else 0.0}
-                for decays, run in itertools.groupby(named, key=lambda pair: pair[0])
-            ]
-            args = self.args
+            if not adapters:
+                return super().create_optimizer(model)
+            for p in self.lora_module.parameters():  # those too that only a later round trains
+                p.requires_grad_(True)
+            super().create_optimizer(model)
+            self.lora_module.require_grad(self.holds_a)
+        elif self.optimizer is None:
+            if adapters:
+                self.lora_module.require_grad(self.holds_a)
+                groups = [{"params": self.lora_module.parameters()}]
+            else:
+                decayed = self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
+                named = [(name in decayed, p) for name, p in self.model.named_parameters() if p.requires_grad]
+                groups = [
+                    {"params": [p for _, p in run], "weight_decay": args.weight_decay if decays else 0.0}
+                    for decays, run in itertools.groupby(named, key=lambda pair: pair[0])
+                ]
             self.zo = self.optimizer = ZerothOrder(
                 groups, args.learning_rate, args.zo_eps, args.seed, clip=args.max_grad_norm,
                 normalize=args.zo_normalize, master=adapters, method=self.method,
@@ -121,9 +117,27 @@ class OurTrainer(Trainer):
         model.eval()  # dropout would differ between the two forwards
         inputs = self._prepare_inputs(inputs)
         weight = 1 / self.current_gradient_accumulation_steps
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.below(inputs):
             loss = self.zo.estimate(partial(self.loss_fn, model, inputs), weight, self.copies(inputs))
         return torch.tensor(loss * weight, device=self.args.device)
+
+    def below(self, inputs):
+        """A context in which the layers below the lowest perturbed one have run already, for all points of a step."""
+        found = self.lora_module.lowest if self.lora_module and self.takes_copies else None
+        if not (found and found[1]):
+            return contextlib.nullcontext()
+        layers, first = found
+        if self.store:
+            hidden = self.store(inputs)
+        else:
+            hidden = bottom.reached(layers[first], partial(self.loss_fn, self.model, inputs))
+        return contextlib.nullcontext() if hidden is None else bottom.given(layers, first, hidden)
+
+    def cache_activations(self, plain: bool) -> None:
+        """`--zo_cache_activations`: run the bottom on every training row, once for the whole run."""
+        layers, first = self.lora_module.lowest
+        self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain)
+        self.train_dataset = self.store.examples
 
     def check(self) -> None:
         """`--zo_check`: measure on the first batch, and say what would be better."""
@@ -132,6 +146,7 @@ class OurTrainer(Trainer):
         self.model.eval()
         for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
             logger.info(line)
+        self.optimizer = None  # a resume makes it for the round that it goes on with
 
     def copies(self, inputs) -> int:
         if not self.takes_copies:
@@ -157,18 +172,103 @@ class OurTrainer(Trainer):
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # a NaN that has been logged must not spoil the sums to come
         super().log(logs, start_time)
 
-    def merge(self) -> None:
+    # ---- boosting ----
+
+    @property
+    def round_start(self) -> int:
+        """The step at which the round at hand began."""
+        return next((e["step"] for e in reversed(self.state.log_history) if "step_length" in e), 0)
+
+    @property
+    def round_age(self) -> int:
+        """Steps that the round at hand has taken."""
+        return self.state.global_step - self.round_start
+
+    @property
+    def holds_a(self) -> bool:
+        return self.args.xgblora and self.round_age < self.args.xgblora_a_warmup
+
+    def dev_loss(self) -> float:
+        return self.dev_loss_fn(self.model)
+
+    def end_round(self) -> float:
+        """Merge the live booster, with the step length of a line search where `--xgblora_adaptive`; returns it."""
+        length = 1.0
+        if self.args.xgblora_adaptive:
+            length, loss = line_search(self.lora_module, self.dev_loss)
+            self.state.stateful_callbacks[SEEN] = {"dev_loss": loss}
+            logger.info("XGBLoRA: line search: step length %g, dev loss %.4f", length, loss)
+        self.merge(length)
+        return length
+
+    def merge(self, length: float = 1.0) -> None:
         """End a boosting round; the optimizer forgets what it knew of the merged adapters."""
-        self.lora_module.merge_and_reinit()
-        step = self.state.global_step
-        logger.info("XGBLoRA: merged booster %d at step %d", len(self.lora_module.boosters), step)
-        self.state.log_history.append({"merged_booster": len(self.lora_module.boosters), "step": step})
+        lora, step = self.lora_module, self.state.global_step
+        before = [p.shape for p in lora.parameters()]
+        lora.merge_and_reinit(length)
+        entry = {"merged_booster": len(lora.boosters)} if length else {"rejected_round": lora.round}
+        self.state.log_history.append({**entry, "step_length": length, "step": step})
+        if length:
+            logger.info("XGBLoRA: merged booster %d at step %d", len(lora.boosters), step)
+        else:
+            logger.info("XGBLoRA: rejected the booster of round %d at step %d", lora.round, step)
+        lora.require_grad(self.holds_a)
         if self.optimizer is None:  # a finished run, loaded again
             return
         if self.zeroth_order:
-            self.zo.restart()
+            self.zo.restart(forget=before != [p.shape for p in lora.parameters()])
         else:
             self.optimizer.optimizer.state.clear()
+        if self.args.xgblora_restart_lr and self.lr_scheduler:
+            reset_rate(self.lr_scheduler, self.optimizer)
+
+    def train_a(self) -> None:
+        """The warm-up of a round is over: A is trained from here on; under `zo` momentum begins anew."""
+        self.lora_module.require_grad()
+        if self.zeroth_order:
+            self.zo.restart()
+
+    def finish(self, keep: Callable[[], int] | None = None) -> None:
+        """After the last step: merge the round at hand, keep the first `keep()` boosters, write the trajectory."""
+        lora, rounds, last, kept = self.lora_module, round_ends(self.state), 1.0, None
+        if lora and lora.xgblora and lora.trained():
+            last = self.end_round()
+        if keep:
+            kept = keep()
+            lora.truncate(kept)
+        if not (self.zeroth_order and self.method.replayable):
+            return
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        steps = int(best.rpartition("-")[2]) if best else self.state.global_step
+        about = {"settings": self.settings, "rounds": rounds, "steps": steps, "last": last, "boosters": kept}
+        self.zo.trajectory.save(Path(self.args.output_dir) / TRAJECTORY, **about)
+
+    def replay(self, trajectory: Trajectory, steps: int | None = None) -> None:
+        """Take the first steps of a run again, merges included, without data and without a forward pass; by default
+        those of its result, which is what `finish` left."""
+        self.create_optimizer()
+        about, lora, warmup = trajectory.about, self.lora_module, self.args.xgblora_a_warmup
+        whole, steps = steps is None, about["steps"] if steps is None else steps
+        ends = dict(about["rounds"])
+        thaws = {start + warmup for start in (0, *ends)}
+        for first, last in itertools.pairwise(sorted(s for s in {0, *ends, *thaws, steps} if s <= steps)):
+            self.zo.replay(trajectory, range(first, last))
+            self.state.global_step = last
+            if last in ends:
+                self.merge(ends[last])
+            elif warmup and self.round_age == warmup:
+                self.train_a()
+        if lora and lora.xgblora and lora.trained():  # the round that was at hand
+            self.merge(about["last"] if whole else 1.0)
+        if whole and about["boosters"] is not None:
+            lora.truncate(about["boosters"])
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if not self.args.xgblora_restart_lr:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(self.boosting.round_steps, optimizer)
+        restart_schedule(scheduler, lambda: self.round_start)
+        return scheduler
 
     @property
     def forward_passes(self) -> int:
@@ -209,26 +309,6 @@ class OurTrainer(Trainer):
             self.lora_module.save_pretrained(output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-
-    def replay(self, trajectory: Trajectory, steps: int) -> None:
-        """Take the first steps of a run again, merges included, without data and without a forward pass."""
-        self.create_optimizer()
-        merges = [step for step in trajectory.about["merges"] if step <= steps]
-        for first, last in itertools.pairwise(sorted({0, *merges, steps})):
-            self.zo.replay(trajectory, range(first, last))
-            self.state.global_step = last
-            if last in merges:
-                self.merge()
-
-    def save_trajectory(self) -> None:
-        """Write what rebuilds the run's result (the best checkpoint's step, where it was taken) without its data."""
-        if not (self.zeroth_order and self.method.replayable):
-            return
-        merges = [entry["step"] for entry in self.state.log_history if entry.get("merged_booster") and entry["step"]]
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        steps = int(best.rpartition("-")[2]) if best else self.state.global_step
-        about = {"settings": self.settings, "merges": merges, "steps": steps}
-        self.zo.trajectory.save(Path(self.args.output_dir) / TRAJECTORY, **about)
 
     def _get_output_dir(self, trial):
         return str(self._staging or self.args.output_dir)

@@ -175,24 +175,18 @@ class ZerothOrder(torch.optim.Optimizer):
         self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0}
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
-        self.trajectory, self.one_by_one = Trajectory(), False
+        self.trajectory, self.one_by_one, self.optim = Trajectory(), False, optim
         self.slots = self._slots()
         self.load_master()
-        self.inner = None
-        if optim != "sgd":
-            if not self.master:
-                raise ValueError(f"optim {optim!r} needs a master: it keeps state for every element")
-            kinds = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
-            kind, more = kinds[optim]
-            groups = [{"params": [slot.param], "weight_decay": slot.decayed} for slot in self.slots]
-            self.inner = kind(groups, lr=lr, **more)
+        self.inner = self._inner()
 
     def _slots(self) -> list[Slot]:
         slots, offset = [], 0
         for index, group in enumerate(self.param_groups):
             if self.master:
-                size = sum(p.numel() for p in group["params"])
-                slots.append(Slot(torch.empty(size), offset, index, group["weight_decay"], parts=group["params"]))
+                parts = [p for p in group["params"] if p.requires_grad]
+                size = sum(p.numel() for p in parts)
+                slots.append(Slot(torch.empty(size), offset, index, group["weight_decay"], parts=parts))
                 offset += size
             else:
                 for p in group["params"]:
@@ -207,11 +201,23 @@ class ZerothOrder(torch.optim.Optimizer):
             for p, values in zip(slot.parts, slot.split(slot.param) if slot.parts else (), strict=True):
                 values.copy_(p)
 
-    def restart(self) -> None:
-        """`load_master`, and momentum begins anew: after a merge, whose adapters are others than before."""
+    def restart(self, forget: bool = False) -> None:
+        """Begin anew with a master, after a merge: the parameters may have other values and shapes, and others of them
+        may require a gradient. Momentum starts at 0; with `forget` the running mean square of g does too."""
+        self.slots = self._slots()
         self.load_master()
-        if self.inner:
-            self.inner.state.clear()
+        self.inner = self._inner()
+        if forget:
+            self.scalars |= {"mean_square": 0.0, "weight": 1.0}
+
+    def _inner(self) -> torch.optim.Optimizer | None:
+        """The optimizer that takes the estimate as a gradient of the master."""
+        if self.optim == "sgd":
+            return None
+        if not self.master:
+            raise ValueError(f"optim {self.optim!r} needs a master: it keeps state for every element")
+        kind, more = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[self.optim]
+        return kind([{"params": [slot.param], "weight_decay": slot.decayed} for slot in self.slots], **more)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -42,7 +42,10 @@ def test_the_best_checkpoint_is_what_is_rebuilt(go):  # noqa: F811
     go(flags)
     about = Trajectory.load(trajectory()).about
     state = json.loads(Path("out/checkpoint-11/trainer_state.json").read_text())
-    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{about['steps']}" and about["merges"][:2] == [4, 8]
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{about['steps']}" and about["rounds"][:2] == [
+        [4, 1.0],
+        [8, 1.0],
+    ]
     go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out")
 

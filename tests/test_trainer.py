@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import gaussian
 
+import models
 import run
 import scoring
 from lora import LoRA
@@ -38,7 +39,7 @@ def framework(model_dir, data_dir, tmp_path, monkeypatch):
 
 
 def fresh_model(model_dir):
-    return run.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    return models.read_model(str(model_dir), torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["lora", "xgblora", "ft"])
@@ -150,9 +151,9 @@ def test_steps_take_precedence_over_epochs(framework):
 def test_a_regular_merge_resets_the_optimizers_state(framework, monkeypatch):
     states, merge = [], OurTrainer.merge
 
-    def watching(self):
+    def watching(self, length):
         states.append(len(self.optimizer.state))
-        merge(self)
+        merge(self, length)
         states.append(len(self.optimizer.state))
 
     monkeypatch.setattr(OurTrainer, "merge", watching)

@@ -1,0 +1,217 @@
+"""Adapters on the disk: a LoRA in PEFT's two files, and beside it the chain of boosters that it was folded from.
+
+`adapter_config.json` and `adapter_model.safetensors` hold one LoRA a layer: all rounds side by side, scaling folded
+into B. `boosters.safetensors` holds the factors of each round as they were trained, fp32: going on costs no bits.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from utils import UsageError
+
+PREFIX = "base_model.model."  # of PEFT's names in adapter_model.safetensors
+CONFIG, WEIGHTS, CHAIN = "adapter_config.json", "adapter_model.safetensors", "boosters.safetensors"
+
+
+@dataclass(frozen=True)
+class Booster:
+    """One round of one layer: A [r, in], B [out, r], fp32 on the host; its delta is scaling · B A."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def folded(self) -> Tensor:
+        """[out, r]: B with the scaling in it."""
+        return self.B * self.scaling
+
+
+Round = dict[str, Booster]  # {module name: its booster}, of the layers that the round adapts
+
+
+@dataclass
+class Saved:
+    """What a directory holds: the rounds, the last of them live (being trained); the step lengths of the others, which
+    their scalings include; and how many rounds there have been, rejected ones too."""
+
+    rounds: list[Round]
+    lengths: list[float] = field(default_factory=list)
+    round: int = 0
+
+
+def has_chain(directory) -> bool:
+    """Whether a saved adapter holds the rounds that it was folded from."""
+    return (Path(directory) / CHAIN).exists()
+
+
+def layer_number(name: str) -> int | None:
+    """12 of `model.layers.12.self_attn.q_proj`; None where a module stands in no numbered layer."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def side_by_side(rounds: Sequence[Round], name: str, fold: bool) -> tuple[Tensor, Tensor]:
+    """(A [R, in], B [out, R]) of a layer: its factors in all rounds, with or without scaling in B."""
+    own = [boosters[name] for boosters in rounds if name in boosters]
+    return torch.cat([b.A for b in own]), torch.cat([b.folded if fold else b.B for b in own], dim=1)
+
+
+def save(directory, model, targets: Sequence[str], fan_in_fan_out: bool, saved: Saved, chain: bool) -> None:
+    """Write a PEFT adapter, with `chain` also the unfolded rounds; without, the one round is a LoRA with its alpha.
+
+    `targets`: what PEFT shall look for, unless some layer has no booster at all, or ranks differ: then full names.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors, unfolded, ranks = {}, {}, {}
+    names = list(dict.fromkeys(name for boosters in saved.rounds for name in boosters))
+    for name in names:
+        A, B = side_by_side(saved.rounds, name, fold=chain)
+        ranks[name] = len(A)
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B.contiguous()
+        if chain:
+            unfolded[f"{name}.A"], unfolded[f"{name}.B"] = side_by_side(saved.rounds, name, fold=False)
+    r = max(ranks.values())
+    # Where B holds the scaling, alpha is the rank, so that PEFT's own scaling is 1.
+    uneven = {name: rank for name, rank in ranks.items() if rank != r}
+    alpha = r if chain else saved.rounds[0][names[0]].scaling * r
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.config.name_or_path,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(targets),
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        **({"rank_pattern": uneven, "alpha_pattern": uneven} if uneven else {}),
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    if chain:
+        firsts = [next(iter(boosters.values())) for boosters in saved.rounds]
+        about = {
+            "ranks": [len(b.A) for b in firsts], "scalings": [b.scaling for b in firsts], "lengths": saved.lengths,
+            "round": saved.round,
+        }  # fmt: skip
+        if any(len(boosters) < len(names) for boosters in saved.rounds):
+            about["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
+        # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
+        save_file(unfolded, directory / CHAIN, metadata={"chain": json.dumps(about)})
+
+
+def load(directory, shapes: dict[str, tuple[int, int]], chain: bool) -> Saved:
+    """What `save` or PEFT wrote, for layers of these (in, out) features; raises UsageError where it does not fit them.
+
+    With `chain`, the unfolded rounds where there are some; an adapter made by PEFT is one round, which is not live.
+    """
+    directory = Path(directory)
+    if not (chain and has_chain(directory)):
+        config = adapter_config(directory)
+        r, alpha = config["r"], config["lora_alpha"]
+        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        tensors, _ = read_tensors(directory / WEIGHTS)
+        names = (f"{PREFIX}{{}}.lora_A.weight", f"{PREFIX}{{}}.lora_B.weight")
+        factors = fitting(tensors, *names, dict.fromkeys(shapes, r), shapes, directory)
+        one = {name: Booster(A, B, scaling) for name, (A, B) in factors.items()}
+        return Saved([one, {}], [1.0], 1) if chain else Saved([one])
+    tensors, metadata = read_tensors(directory / CHAIN)
+    about = json.loads(metadata["chain"])
+    layers = about.get("layers") or [None] * len(about["ranks"])
+    active = [[n for n in shapes if own is None or layer_number(n) in own] for own in layers]
+    totals = dict.fromkeys(shapes, 0)
+    for names, rank in zip(active, about["ranks"], strict=True):
+        for name in names:
+            totals[name] += rank
+    totals = {name: total for name, total in totals.items() if total}
+    factors = fitting(tensors, "{}.A", "{}.B", totals, shapes, directory)
+    rounds, used = [], dict.fromkeys(shapes, 0)
+    for names, rank, scaling in zip(active, about["ranks"], about["scalings"], strict=True):
+        rounds.append({})
+        for name in names:
+            (A, B), start = factors[name], used[name]
+            used[name] = end = start + rank
+            rounds[-1][name] = Booster(A[start:end].clone(), B[:, start:end].clone(), scaling)
+    merged = len(rounds) - 1
+    return Saved(rounds, about.get("lengths", [1.0] * merged), about.get("round", merged))
+
+
+def fitting(tensors, name_a: str, name_b: str, ranks, shapes, directory) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module name: (A [rank, in], B [out, rank])}, every key and shape checked."""
+    expected = {}
+    for name, rank in ranks.items():
+        features_in, features_out = shapes[name]
+        expected[name_a.format(name)] = (rank, features_in)
+        expected[name_b.format(name)] = (features_out, rank)
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        raise UsageError(
+            f"{directory}: {'no' if key in expected else 'unexpected'} tensor {key}; was the adapter made for this "
+            "base model and these target layers?"
+        )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise UsageError(f"{directory}: {key} is {list(tensors[key].shape)}, but this model wants {list(shape)}")
+        if not bool(tensors[key].isfinite().all()):
+            raise UsageError(f"{directory}: {key} holds NaN or infinity")
+    return {n: (tensors[name_a.format(n)].float(), tensors[name_b.format(n)].float()) for n in ranks}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; raises UsageError where there is none or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        return load_file(path), about
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def adapter_config(directory) -> dict:
+    """The `adapter_config.json` of a PEFT LoRA adapter; raises UsageError for what we can't apply as it was meant."""
+    path = Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT LoRA adapter") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not the configuration of a LoRA adapter ({error!r})") from error
+    plain = {"use_dora": False, "modules_to_save": None, "bias": "none"}
+    if not has_chain(directory):  # a chain knows the rank of each of its rounds
+        plain |= {"rank_pattern": {}, "alpha_pattern": {}}
+    odd = [name for name, value in plain.items() if (config.get(name) or value) != value]
+    if kind != "LORA" or odd or not isinstance(targets, list):
+        raise UsageError(f"{path}: only plain LoRA is supported, not {', '.join(odd) or f'{kind} on {targets}'}")
+    return config
+
+
+def compress(rounds: Sequence[Round], rank: int) -> tuple[Round, float]:
+    """The nearest LoRA of that rank to the sum of all rounds; what it lacks: ‖sum − LoRA‖ / ‖sum‖ (Frobenius, over all
+    layers).
+
+    With B = Q_b R_b and Aᵀ = Q_a R_a the singular values of B A are those of the small R_b R_aᵀ, so that the matrix
+    itself is never made (fp64).
+    """
+    made, lost, whole = {}, 0.0, 0.0
+    for name in dict.fromkeys(name for boosters in rounds for name in boosters):
+        A, B = side_by_side(rounds, name, fold=True)
+        q_b, r_b = torch.linalg.qr(B.double())
+        q_a, r_a = torch.linalg.qr(A.double().T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        kept, root = s[:rank], s[:rank].sqrt()
+        u, vh = u[:, : len(kept)] * root, vh[: len(kept)] * root[:, None]
+        made[name] = Booster((vh @ q_a.T).float(), (q_b @ u).float(), 1.0)
+        lost, whole = lost + float(s[rank:].square().sum()), whole + float(s.square().sum())
+    return made, math.sqrt(lost / whole) if whole else 0.0
