@@ -66,10 +66,12 @@ def side_by_side(rounds: Sequence[Round], name: str, fold: bool) -> tuple[Tensor
     return torch.cat([b.A for b in own]), torch.cat([b.folded if fold else b.B for b in own], dim=1)
 
 
-def save(directory, model, targets: Sequence[str], fan_in_fan_out: bool, saved: Saved, chain: bool) -> None:
+def save(
+    directory, model, modules: Sequence[str], targets: Sequence[str], fan_in_fan_out: bool, saved: Saved, chain: bool
+) -> None:
     """Write a PEFT adapter, with `chain` also the unfolded rounds; without, the one round is a LoRA with its alpha.
 
-    `targets`: what PEFT shall look for, unless some layer has no booster at all, or ranks differ: then full names.
+    `modules`: names of all layers that rounds may adapt; `targets`: what PEFT shall look for to find them.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def save(directory, model, targets: Sequence[str], fan_in_fan_out: bool, saved: 
         "base_model_name_or_path": model.config.name_or_path,
         "r": r,
         "lora_alpha": alpha,
-        "target_modules": list(targets),
+        "target_modules": list(targets) if len(names) == len(modules) else names,
         "fan_in_fan_out": fan_in_fan_out,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -106,7 +108,7 @@ def save(directory, model, targets: Sequence[str], fan_in_fan_out: bool, saved: 
             "ranks": [len(b.A) for b in firsts], "scalings": [b.scaling for b in firsts], "lengths": saved.lengths,
             "round": saved.round,
         }  # fmt: skip
-        if any(len(boosters) < len(names) for boosters in saved.rounds):
+        if any(len(boosters) < len(modules) for boosters in saved.rounds):
             about["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
         # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
         save_file(unfolded, directory / CHAIN, metadata={"chain": json.dumps(about)})

@@ -334,17 +334,16 @@ class LoRA:
 
     def save_pretrained(self, directory) -> None:
         """Write a PEFT adapter: under XGBLoRA the chain and the live booster as one LoRA, see adapters.py."""
-        saved = Saved([*self.boosters, self.live], self.lengths, self.round)
-        whole = set().union(*saved.rounds) == set(self.modules)
-        targets = self.targets if whole else sorted(set().union(*saved.rounds))
-        adapters.save(directory, self.model, targets, self.lora_modules[0].fan_in_fan_out, saved, self.xgblora)
+        self._save(directory, Saved([*self.boosters, self.live], self.lengths, self.round), self.xgblora)
+
+    def _save(self, directory, saved: Saved, chain: bool) -> None:
+        turned = self.lora_modules[0].fan_in_fan_out
+        adapters.save(directory, self.model, list(self.modules), self.targets, turned, saved, chain)
 
     def export(self, directory, rank: int) -> float:
         """Write the nearest LoRA of that rank to the chain and the live booster; returns what it lacks, relative."""
         one, lost = adapters.compress([*self.boosters, self.live], rank)
-        adapters.save(
-            directory, self.model, sorted(one), self.lora_modules[0].fan_in_fan_out, Saved([one]), chain=False
-        )
+        self._save(directory, Saved([one]), chain=False)
         return lost
 
     def load(self, directory, boosters: int | None = None, live: bool = True) -> None:
