@@ -286,9 +286,15 @@ class Framework:
 
     def save_merged(self, directory: Path) -> None:
         """Write a plain model directory, adapters merged, that `from_pretrained` loads."""
-        state = self.lora_module.plain_state_dict() if self.lora_module else None
-        self.model.save_pretrained(directory, state_dict=state)
+        model = self.model  # loading it makes the adapters
+        model.save_pretrained(directory, state_dict=self.lora_module.plain_state_dict() if self.lora_module else None)
         self.tokenizer.save_pretrained(directory)
+
+    def export(self, directory: Path) -> None:
+        """`--export_rank`: write the nearest LoRA of that rank, and say what it lacks."""
+        _ = self.model  # loading it makes the adapters
+        lost = self.lora_module.export(directory, self.args.export_rank)
+        logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
 
 
 def language_modelling(example: scoring.Example, only_option: bool) -> scoring.Example:
@@ -341,8 +347,7 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     if args.save_merged:
         framework.save_merged(output_dir / "merged")
     if args.export_rank:
-        lost, where = framework.lora_module.export(output_dir / f"rank{args.export_rank}", args.export_rank), output_dir
-        logger.info("%s/rank%d: lacks %.2f%% of the adapter (Frobenius)", where, args.export_rank, 100 * lost)
+        framework.export(output_dir / f"rank{args.export_rank}")
     if dev_samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:

@@ -378,3 +378,9 @@ def test_opt_prompts_start_with_0():
 
     tokenizer = load_tokenizer(shared("tokenizer-opt"), "opt")
     assert tokenizer.encode("hello") == [0, 42891]
+
+
+def test_an_adapter_is_merged_without_training(go):
+    result = go(BOOST)
+    go("--trainer none --num_train 0 --adapter out --no_eval --save_merged --output_dir plain", result=False)
+    assert go("--trainer none --num_train 0", model="plain/merged")["loss"] == pytest.approx(result["loss"], rel=1e-4)

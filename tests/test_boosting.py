@@ -1,0 +1,314 @@
+"""When rounds end and what is kept of them, in real runs: resume and replay give the same bytes whatever the form."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import adapter_bytes, go  # noqa: F401 - a fixture
+from test_trainer import framework  # noqa: F401 - a fixture
+
+import checkpoint
+import run
+import scoring
+from trainer import OurTrainer
+from trajectory import Trajectory
+from zo import ZerothOrder
+
+COMMON = (
+    "--xgblora --xgblora_steps_per_iteration 4 --max_steps 11 --save_steps 1 --save_model --output_dir out --seed 3"
+)
+ZO = f"--trainer zo --learning_rate 1e-2 {COMMON}"
+REGULAR = f"--trainer regular --learning_rate 1e-2 {COMMON}"
+ADAPTIVE = "--xgblora_adaptive --num_dev 8 --xgblora_patience 2"
+FORMS = {
+    "plain": "",
+    "ensemble": "--xgblora_ensemble --load_bfloat16",
+    "ranks": "--xgblora_rank_schedule 1,2,1",
+    "random layers": "--xgblora_layers random:1 --zo_normalize --lora_freeze_a",
+    "upper layers": "--xgblora_layers top:1 --zo_cache_activations",
+    "adaptive": ADAPTIVE,
+    "adaptive, ranks, random": f"{ADAPTIVE} --xgblora_rank_schedule 2,1 --xgblora_layers random:1 --zo_normalize",
+    "A warm-up": "--xgblora_a_warmup 2 --zo_normalize",
+    "A warm-up, momentum": "--xgblora_a_warmup 1 --zo_optim momentum",
+    "warm-up longer than a round": "--xgblora_a_warmup 6",
+    "adamw": "--zo_optim adamw --xgblora_restart_lr --lr_scheduler_type linear",
+    "best": "--xgblora_best --num_dev 8 --metric loss",
+}
+
+
+def keep_only(step: int) -> None:
+    for path in checkpoint.completed("out"):
+        if path.name != f"checkpoint-{step}":
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_resume_and_replay_give_the_same_bytes(go, form):  # noqa: F811
+    """In the middle of a round, on the step of a merge, and just after it."""
+    flags = f"{ZO} {FORMS[form]}"
+    go(flags)
+    expected, trajectory = adapter_bytes(), Path("out/trajectory.safetensors").read_bytes()
+    for step in (6, 8, 9):
+        shutil.copytree("out", "kept", dirs_exist_ok=True)
+        keep_only(step)
+        go(flags)
+        assert adapter_bytes() == expected, step
+        assert Path("out/trajectory.safetensors").read_bytes() == trajectory
+        shutil.rmtree("out")
+        Path("kept").rename("out")
+    go(f"{flags} --replay out/trajectory.safetensors --output_dir again", result=False)
+    assert adapter_bytes("again") == expected
+
+
+@pytest.mark.parametrize("form", ["plain", "ranks", "adaptive", "random", "warm-up", "restart"])
+def test_a_regular_run_resumes_with_the_same_bytes(go, form):  # noqa: F811
+    more = {
+        "plain": "",
+        "ranks": "--xgblora_rank_schedule 1,2",
+        "adaptive": ADAPTIVE,
+        "random": "--xgblora_layers random:1",
+        "warm-up": "--xgblora_a_warmup 2",
+        "restart": "--xgblora_restart_lr",
+    }[form]
+    go(f"{REGULAR} {more}")
+    expected = adapter_bytes()
+    for step in (6, 8):
+        shutil.copytree("out", "kept", dirs_exist_ok=True)
+        keep_only(step)
+        go(f"{REGULAR} {more}")
+        assert adapter_bytes() == expected, step
+        shutil.rmtree("out")
+        Path("kept").rename("out")
+
+
+def entries(trainer, key):
+    return [e for e in trainer.state.log_history if key in e]
+
+
+@pytest.mark.parametrize("kind", ["zo", "regular"])
+def test_the_rank_follows_the_schedule_and_its_last_one_stays(framework, kind):  # noqa: F811
+    made = framework(
+        f"--trainer {kind} --xgblora --xgblora_rank_schedule 1,2,4 --xgblora_steps_per_iteration 2 --max_steps 8"
+    )
+    ranks = [{len(b.A) for b in boosters.values()} for boosters in made.lora_module.boosters]
+    assert ranks == [{1}, {2}, {4}, {4}] and made.lora_module.boosters[1]
+    assert {b.scaling for b in made.lora_module.boosters[2].values()} == {16 / 4}
+
+
+@pytest.mark.parametrize("kind", ["zo", "regular"])
+def test_only_the_layers_of_a_round_are_trained(framework, kind):  # noqa: F811
+    made = framework(
+        f"--trainer {kind} --xgblora --xgblora_layers random:1 --xgblora_steps_per_iteration 2 --max_steps 8 "
+        "--learning_rate 1e-2"
+    )
+    for boosters in made.lora_module.boosters:
+        assert len(boosters) == 2 and all(bool(b.B.any()) for b in boosters.values())
+
+
+def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkeypatch):  # noqa: F811
+    forgotten, restart = [], ZerothOrder.restart
+    monkeypatch.setattr(
+        ZerothOrder, "restart", lambda self, forget=False: (forgotten.append(forget), restart(self, forget))[1]
+    )
+    common = "--trainer zo --zo_normalize --xgblora --xgblora_steps_per_iteration 2 --max_steps 6 --overwrite"
+    framework(common)
+    assert forgotten == [False] * 3
+    forgotten.clear()
+    framework(f"{common} --xgblora_rank_schedule 1,2,2")
+    assert forgotten == [True, False, False]
+
+
+# ---- A at the start of a round ----
+
+
+@pytest.mark.parametrize("kind", ["zo", "regular"])
+def test_a_is_held_for_the_first_steps_of_each_round(framework, kind, monkeypatch):  # noqa: F811
+    seen, step = [], OurTrainer.training_step
+
+    def watching(self, *args):
+        seen.append(torch.cat([m.lora_A.detach().flatten() for m in self.lora_module.lora_modules]))
+        return step(self, *args)
+
+    monkeypatch.setattr(OurTrainer, "training_step", watching)
+    framework(
+        f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --xgblora_a_warmup 2 --max_steps 8 "
+        "--learning_rate 1e-2"
+    )
+    for start in (0, 4):
+        assert torch.equal(seen[start], seen[start + 1]) and torch.equal(seen[start], seen[start + 2])
+        assert not torch.equal(seen[start + 2], seen[start + 3])
+
+
+# ---- the optimizer and the schedule at a merge ----
+
+
+@pytest.mark.parametrize("optim", ["momentum", "adamw"])
+def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, monkeypatch):  # noqa: F811
+    states, merge = [], OurTrainer.merge
+
+    def watching(self, length):
+        states.append(len(self.zo.inner.state))
+        merge(self, length)
+        states.append(len(self.zo.inner.state))
+
+    monkeypatch.setattr(OurTrainer, "merge", watching)
+    framework(f"--trainer zo --zo_optim {optim} --xgblora --xgblora_steps_per_iteration 3 --max_steps 6")
+    assert states == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["zo", "regular"])
+def test_a_schedule_is_global_or_begins_anew_with_each_round(framework, kind):  # noqa: F811
+    common = (
+        f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 --learning_rate 1 --overwrite "
+        "--lr_scheduler_type linear"
+    )
+    rates = [e["learning_rate"] for e in entries(framework(common).trainer, "learning_rate")]
+    assert rates == pytest.approx([1 - i / 8 for i in range(8)])
+    rates = [e["learning_rate"] for e in entries(framework(f"{common} --xgblora_restart_lr").trainer, "learning_rate")]
+    assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 2)
+
+
+# ---- adaptive rounds ----
+
+
+@pytest.fixture
+def dev_loss(monkeypatch):
+    """Put a function of the trainer in the place of its dev loss."""
+    return lambda of: monkeypatch.setattr(OurTrainer, "dev_loss", of)
+
+
+def scale(trainer) -> float:
+    module = next(m for m in trainer.lora_module.lora_modules if m.r)
+    return module.scaling * module.r / 16
+
+
+ADAPT = (
+    "--trainer zo --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 --xgblora_adaptive --num_dev 4 "
+    "--xgblora_patience 9"
+)
+
+
+@pytest.mark.parametrize("best", [0.25, 0.5, 1.0, 1.5, 2.0])
+def test_the_line_search_takes_the_best_length(framework, dev_loss, best):  # noqa: F811
+    dev_loss(lambda trainer: (scale(trainer) - best) ** 2 - trainer.state.global_step)
+    made = framework(ADAPT, rows=28, dev=4)
+    assert made.lora_module.lengths == [best, best]
+    assert {b.scaling for boosters in made.lora_module.boosters for b in boosters.values()} == {16 * best}
+    assert [e["step_length"] for e in entries(made.trainer, "step_length")] == [best, best]
+
+
+def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(framework, dev_loss, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    dev_loss(lambda trainer: scale(trainer) - trainer.state.global_step)
+    made = framework(ADAPT, rows=28, dev=4)
+    assert made.lora_module.boosters == [] and made.lora_module.round == 2
+    assert "rejected the booster of round 2 at step 8" in caplog.text
+    pretrained = made.lora_module.base
+    assert all(torch.equal(m.weight, pretrained[n]) for n, m in made.lora_module.modules.items())
+    third = {n: m.lora_A.clone() for n, m in made.lora_module.modules.items()}
+    made.lora_module.round = 0
+    made.lora_module._fresh()
+    assert not any(torch.equal(m.lora_A, third[n]) for n, m in made.lora_module.modules.items())
+
+
+def test_a_loss_of_nan_is_no_length(framework, dev_loss):  # noqa: F811
+    dev_loss(lambda trainer: float("nan") if scale(trainer) > 1 else 1 - scale(trainer))
+    assert framework(ADAPT, rows=28, dev=4).lora_module.lengths == [1.0, 1.0]
+
+
+def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):  # noqa: F811
+    """Falls until step 4 of the run and stands still from there: looks every 2 steps."""
+    dev_loss(lambda trainer: 5.0 - min(trainer.state.global_step, 4) - 0.1 * (scale(trainer) == 1))
+    flags = ADAPT.replace("--xgblora_steps_per_iteration 4", "--xgblora_steps_per_iteration 20") + " --max_steps 9"
+    made = framework(f"{flags} --xgblora_patience 2", rows=28, dev=4)
+    assert [e["step"] for e in entries(made.trainer, "step_length")] == [6, 8, 9]
+
+
+def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: F811
+    made = framework(ADAPT, rows=28, dev=4)
+    rows = made.task.sample_subset("train", 0, 32)[28:]
+    expected = scoring.loss(made.model, scoring.pack(made.examples(rows)), True).item()
+    assert made.trainer.dev_loss() == pytest.approx(expected, abs=1e-5)
+    text = [run.language_modelling(x, True) for x in made.examples(rows)]
+    expected = scoring.loss(made.model, scoring.pack(text), False).item()
+    assert scoring.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
+
+
+# ---- what is kept, and how it is looked at ----
+
+
+def test_the_best_prefix_on_dev_is_kept(go, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    result = go(f"{ZO} --xgblora_best --num_dev 8 --metric loss --learning_rate 5")["sets"][0]
+    kept = Trajectory.load("out/trajectory.safetensors").about["boosters"]
+    assert result["boosters"] == kept < 3 and "best loss" in caplog.text
+    assert result["dev_loss"] == pytest.approx(min(stage_losses(caplog.text)), abs=1e-3)
+
+
+def stage_losses(text):
+    rows = [line.split() for line in text.splitlines()]
+    return [float(r[2]) for r in rows if len(r) >= 3 and r[0].isdigit() and r[1].replace(".", "").isdigit()]
+
+
+def test_staged_results_of_a_run_and_of_its_adapter_agree(go):  # noqa: F811
+    ran = go(f"{ZO} --staged 1")["sets"][0]["staged"]
+    assert [s["boosters"] for s in ran] == [0, 1, 2, 3] and Path("result.png").exists()
+    saved = go("--trainer none --num_train 0 --adapter out --staged 2")
+    assert saved["sets"][0]["staged"] == [ran[0], ran[2], ran[3]] and saved["loss"] == ran[-1]["loss"]
+    for k in (0, 1, 2):
+        assert go(f"--trainer none --num_train 0 --adapter out --boosters {k}")["loss"] == ran[k]["loss"]
+    go("--trainer none --num_train 0 --adapter out --boosters 4", status=2)
+    ensemble = go("--trainer none --num_train 0 --adapter out --xgblora_ensemble --boosters 2")
+    assert ensemble["loss"] == pytest.approx(ran[2]["loss"], abs=1e-5)
+
+
+def test_a_compressed_chain_is_an_adapter_of_its_rank(go):  # noqa: F811
+    result = go(f"{ZO} --export_rank 3 --learning_rate 5e-2")
+    config = json.loads(Path("out/rank3/adapter_config.json").read_text())
+    assert config["r"] == 3
+    assert go("--trainer none --num_train 0 --adapter out/rank3")["loss"] == pytest.approx(result["loss"], abs=1e-4)
+    go("--trainer none --num_train 0 --adapter out --export_rank 1 --output_dir small")
+    assert go("--trainer none --num_train 0 --adapter small/rank1")["loss"] != pytest.approx(result["loss"], abs=1e-6)
+
+
+def test_training_goes_on_from_a_chain(go):  # noqa: F811
+    go(ZO)
+    result = go(f"{ZO} --adapter out --output_dir more")["sets"][0]
+    assert result["boosters"] == 6
+    go(f"{ZO} --adapter out --output_dir other --xgblora_layers random:1")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--xgblora_best", "--num_dev"),
+        ("--xgblora_adaptive", "--num_dev"),
+        ("--xgblora_patience 3", "needs --xgblora_adaptive"),
+        ("--xgblora_rank_schedule 1,0", "such as 1,1,2,4"),
+        ("--xgblora_rank_schedule 1,x", "such as 1,1,2,4"),
+        ("--xgblora_layers top:9", "2 of them"),
+        ("--xgblora_layers lower", "top:N and random:N"),
+        ("--xgblora_layers random:1 --zo_cache_activations", "needs --trainer zo and --xgblora_layers top:N"),
+        ("--xgblora_a_warmup 2 --lora_freeze_a", "exclude each other"),
+        ("--xgblora_a_warmup -1", "at least 0"),
+        ("--xgblora_restart_lr --lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau"),
+        ("--staged 1 --no_eval", "exclude each other"),
+        ("--lora_r 2", "rank 1"),
+        ("--export_rank 0", "at least 1"),
+    ],
+)
+def test_what_can_not_be_is_refused_in_a_line(go, capsys, flags, message):  # noqa: F811
+    go(f"{ZO} {flags}", status=2)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("run.py: error")
+
+
+def test_what_belongs_to_boosting_needs_it(go, capsys):  # noqa: F811
+    plain = "--trainer zo --lora --max_steps 2 --output_dir out"
+    for flag in ("--xgblora_adaptive", "--xgblora_best", "--xgblora_rank_schedule 1,2", "--xgblora_a_warmup 1",
+                 "--xgblora_restart_lr", "--xgblora_ensemble", "--staged 1", "--xgblora_layers random:1"):  # fmt: skip
+        go(f"{plain} {flag}", status=2)
+        assert "--xgblora" in capsys.readouterr().err.strip().splitlines()[-1]
+    go(f"{plain} --xgblora_layers top:1 --zo_cache_activations")  # a LoRA may have layers of its own
