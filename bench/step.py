@@ -5,12 +5,14 @@
 
 The floor is two bare forwards of the batch as the step packs it. `plain` is what a step costs without this project's
 savings: one padded row per candidate, logits of every position, a `torch.normal` per tensor, four passes over the
-weights. A full-parameter step is also set against its own bound: the floor, three bare sweeps over the weights
-(θ ← θ + 0 in place) and, gaussian, two generations of z timed alone. `opt-125m` stands for a random model of that
-geometry, to be used with a tokenizer directory (`--tokenizer`).
+weights. `upper-B` trains boosters in the upper half of the layers, so that the lower half runs once for both signs, and
+`upper-B-cached` with a warm cache not at all. A full-parameter step is also set against its own bound: the floor, three
+bare sweeps over the weights (θ ← θ + 0 in place) and, gaussian, two generations of z timed alone. `opt-125m` stands for
+a random model of that geometry, to be used with a tokenizer directory (`--tokenizer`).
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import bottom  # noqa: E402
 import directions  # noqa: E402
 import run  # noqa: E402
 import scoring  # noqa: E402
@@ -32,7 +35,8 @@ from lora import LoRA  # noqa: E402
 from trainer import copies  # noqa: E402
 from zo import ZerothOrder  # noqa: E402
 
-KINDS = ("floor", "lora", "lora-copies", "all-linear", "xgblora-B", "full-signs", "full", "plain-lora", "plain-full")
+KINDS = ("floor", "lora", "lora-copies", "all-linear", "xgblora-B", "upper-B", "upper-B-cached", "full-signs", "full")
+KINDS += ("plain-lora", "plain-full")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
@@ -80,12 +84,14 @@ def plain_step(model, params, loss, lr=0.0, eps=1e-3) -> None:
 
 def side(kind: str, args, dtype: str):
     """step(batch, examples) of one kind, on a model of its own."""
-    mode = "--xgblora --lora_freeze_a" if kind == "xgblora-B" else "--lora" if "lora" in kind else ""
+    mode = "--xgblora --lora_freeze_a" if "-B" in kind else "--lora" if "lora" in kind else ""
     common = f"--model_name {args.model_name} --data_dir {args.data_dir} --task_name {args.task_name} --trainer zo"
     framework = run.Framework(
         run.parse(f"{common} {mode} --load_bfloat16 {dtype == 'bfloat16'}".split()),
         run.get_task(args.task_name, args.data_dir),
     )
+    if kind.startswith("upper"):
+        framework.args.xgblora_layers = f"top:{framework.config.num_hidden_layers // 2}"
     model = framework.model
     if kind == "all-linear":
         framework.lora_module = LoRA(model, 8, 16, targets=LINEAR)
@@ -110,8 +116,16 @@ def side(kind: str, args, dtype: str):
 
         def step(batch, examples):
             wish = "on" if kind == "lora-copies" else "auto"
-            n = copies(batch["input_ids"].numel(), 2, True, engine.master, wish)
-            engine.estimate(partial(scoring.loss, model, batch, True), copies=n)
+            n, forward = copies(batch["input_ids"].numel(), 2, True, engine.master, wish), contextlib.nullcontext()
+            if kind.startswith("upper"):
+                layers, first = framework.lora_module.lowest
+                if kind == "upper-B":
+                    hidden = bottom.reached(layers[first], partial(scoring.loss, model, batch, True))
+                else:
+                    hidden = framework.store(batch)
+                forward = bottom.given(layers, first, hidden)
+            with forward:
+                engine.estimate(partial(scoring.loss, model, batch, True), copies=n)
             engine.step()
 
     return framework, step
@@ -163,6 +177,11 @@ def main() -> None:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
         examples = framework.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
+        cached = sides.get("upper-B-cached")
+        if cached:
+            made = cached[0]
+            made.store = bottom.Store(made.model, *made.lora_module.lowest, examples, plain=False)
+            examples = made.store.examples
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         if args.peak:
             for group in groups[:3]:

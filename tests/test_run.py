@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import gguf
@@ -384,3 +385,8 @@ def test_an_adapter_is_merged_without_training(go):
     result = go(BOOST)
     go("--trainer none --num_train 0 --adapter out --no_eval --save_merged --output_dir plain", result=False)
     assert go("--trainer none --num_train 0", model="plain/merged")["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+def test_every_module_is_installed():
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"test_xgblora"}
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]) == modules
