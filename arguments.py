@@ -198,6 +198,8 @@ class OurArguments(TrainingArguments):
             ("--num_dev", "--trainer none"): self.num_dev and not trains,
             ("--xgblora_a_warmup", "--lora_freeze_a"): self.xgblora_a_warmup and self.lora_freeze_a,
             ("--staged", "--no_eval"): self.staged and self.no_eval,
+            ("--xgblora_restart_lr", f"--lr_scheduler_type {self.lr_scheduler_type}"): self.xgblora_restart_lr
+            and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),  # no functions of the step
             ("--eval_strategy", "no --num_dev"): trains and self.eval_strategy != "no" and not self.num_dev,
         }
         for names, clash in conflicts.items():

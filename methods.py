@@ -4,7 +4,9 @@
 """
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 
 from utils import UsageError
 from zo import Method, Noise, Slot
@@ -30,7 +32,43 @@ class LOZO(Method):
         return u @ v.T / r**0.5
 
 
-METHODS = {"mezo": Method, "lozo": LOZO}
+class FZOO(Method):
+    """One-sided differences in steps as long as the losses are alike (arXiv 2506.09034): θ ← θ − η g / σ with
+    g = Σ (ℓ(θ + ε uᵢ) − ℓ(θ)) uᵢ / (ε N), uᵢ of ±1, and σ the standard deviation of the N perturbed losses.
+
+    N is `--zo_queries`, 8 in the paper: N + 1 forwards a step.
+    """
+
+    def points(self):
+        return [(0, 0.0), *((query, 1.0) for query in range(self.queries))]
+
+    def projected(self, losses, eps):
+        spread = stdev(losses[1:])
+        return [(loss - losses[0]) / (eps * spread) if spread else 0.0 for loss in losses[1:]]
+
+    def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows, device):
+        return super().direction(replace(noise, distribution="rademacher"), slot, step, query, rows, device)
+
+
+class AR1ZO(Method):
+    """One atom of a LoRA a step: row k of every A and column k of every B, k = step mod r (arXiv 2605.19767).
+
+    The paper scales adapters by α r instead of α / r, so that an atom's signal doesn't shrink with the rank:
+    `--lora_alpha` is α r² then (1024 for α = 16 and r = 8).
+    """
+
+    adapters_only = True
+
+    def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows, device):
+        z = super().direction(noise, slot, step, query, rows, device)
+        for of_a, of_b in zip(*[iter(slot.split(z.view(-1)))] * 2, strict=True):  # A [r, in] and B [out, r] in turn
+            for matrix in (of_a, of_b.T):
+                atom = step % len(matrix)
+                matrix[:atom] = matrix[atom + 1 :] = 0
+        return z
+
+
+METHODS = {"mezo": Method, "lozo": LOZO, "fzoo": FZOO, "ar1-zo": AR1ZO}
 
 
 def get_method(name: str) -> type[Method]:
