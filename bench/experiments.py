@@ -1,0 +1,258 @@
+"""Which method wins, on a real model, with seeds: a grid of `run.py` runs, a small JSON each in bench/experiments/.
+
+    python bench/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet; a kill loses a run
+    python bench/experiments.py table                                         # every table of docs/EXPERIMENTS.md
+    python bench/experiments.py plot                                          # every picture
+    python bench/experiments.py list                                          # the runs to come, with their commands
+
+SmolLM2-135M of the starter, bfloat16 weights, 1,000 training rows; a seed drives directions, A, order and training set.
+Settings are chosen on dev rows of Reviews: the last 500 of its training split, put into a folder of their own in the
+place of the validation rows. Accuracy is that of the last step; beside it AUC and the accuracy at the best threshold,
+because a shift of the label bias alone gains much. One process a core with one thread each. Each JSON holds the command
+that repeats it (the dev rows are made by `run`).
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm  # noqa: E402
+
+from metrics import auc, best_threshold_accuracy  # noqa: E402
+
+OUT = ROOT / "bench" / "experiments"
+WORK = ROOT / "result" / "experiments"
+DEV = WORK / "dev"  # Reviews with dev rows in the place of the validation rows
+DEV_ROWS = 500
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 95 %, by the number of pairs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one setting: `flags` of run.py beyond the common ones, for `steps` steps of `batch` rows."""
+
+    group: str
+    name: str
+    flags: str
+    steps: int = 400
+    batch: int = 8
+    seeds: tuple[int, ...] = (0, 1)
+    task: str = "dev"
+    dtype: str = "bfloat16"
+
+    @property
+    def command(self) -> str:
+        where = ("result/experiments/dev", "Reviews") if self.task == "dev" else ("starter", self.task)
+        words = f"--model_name starter/smollm2-135m --data_dir {where[0]} --task_name {where[1]}"
+        words += f" --load_{self.dtype}" if self.dtype != "float32" else ""
+        if self.steps:
+            words += f" --num_train 1000 --train_as_classification --max_steps {self.steps} --zo_batched on"
+            words += f" --per_device_train_batch_size {self.batch} --save_strategy no"
+        return f"{words} {self.flags}"
+
+    def path(self, seed: int) -> Path:
+        slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name)
+        return OUT / self.task / f"{slug}-{self.steps}x{self.batch}-seed{seed}.json"
+
+
+LORA = "--trainer zo --lora"
+BOOST = "--trainer zo --xgblora"
+B_ONLY = "--lora_freeze_a --zo_normalize --learning_rate {rate} --zo_eps {eps}"
+
+
+def base(rate=5e-3, eps=3e-2, rounds=25) -> str:
+    return f"{BOOST} {B_ONLY.format(rate=rate, eps=eps)} --xgblora_steps_per_iteration {rounds}"
+
+
+def grid() -> list[Arm]:
+    """Every run, the most telling first."""
+    first, upper = (
+        "--trainer regular --per_device_train_batch_size 16",
+        "--xgblora_layers top:{n} --zo_cache_activations",
+    )
+    no_merge = f"{LORA} --lora_r 1 {B_ONLY.format(rate=5e-3, eps=3e-2)}"
+    sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
+    return [
+        Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
+        Arm("base", "XGBLoRA B only normalised", base()),
+        Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
+        *(Arm("layers", f"upper {n} of 30", f"{base()} {upper.format(n=n)}") for n in (15, 20, 10, 6)),
+        *(Arm("rounds", f"rounds of {n}", base(rounds=n)) for n in (10, 50, 100)),
+        *(Arm("ε", f"ε {eps:g}", base(eps=eps)) for eps in (1e-2, 1e-1)),
+        *(Arm("rate", f"η {rate:g}", base(rate=rate)) for rate in (3e-3, 8e-3)),
+        Arm("methods", "MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5"),
+        Arm("methods", "MeZO-LoRA r 8, alpha 16, η 1e-3", f"{LORA} {sgd} 1e-3"),
+        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised",
+            f"{LORA} --lora_alpha 128 --zo_normalize --learning_rate 5e-4 --zo_eps 1e-2"),
+        Arm("methods", "MeZO-LoRA r 1, A and B", f"{LORA} --lora_r 1 {sgd} 3e-4"),
+        Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
+            "--zo_eps 1e-3 --lr_scheduler_type constant"),
+        Arm("methods", "XGBLoRA, A and B, rounds of 100", f"{BOOST} --xgblora_steps_per_iteration 100 {sgd} 3e-4"),
+        Arm("methods", "AR1-ZO r 8",
+            f"{LORA} --lora_alpha 1024 --zo_method ar1-zo --zo_normalize --learning_rate 2e-4 --zo_eps 2e-3"),
+        Arm("methods", "FZOO on LoRA r 8, alpha 128, 8 queries",
+            f"{LORA} --lora_alpha 128 --zo_method fzoo --zo_queries 8 --learning_rate 1e-4 --zo_eps 1e-2 "
+            "--lr_scheduler_type constant", steps=89),
+        Arm("methods", "first-order LoRA r 8", f"{first} --lora --learning_rate 1e-3", steps=200, batch=16, seeds=(0,)),
+        Arm("methods", "first-order XGBLoRA", f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3",
+            steps=200, batch=16, seeds=(0,)),
+        Arm("schedule", "constant rate", f"{base(rate=3e-3)} --lr_scheduler_type constant"),
+        Arm("schedule", "rate per round", f"{base()} --xgblora_restart_lr"),
+        Arm("A", "A held for 10 of 25 steps",
+            f"{BOOST} --zo_normalize --xgblora_a_warmup 10 --xgblora_steps_per_iteration 25 --learning_rate 1.5e-3 "
+            "--zo_eps 1e-2"),
+        Arm("A", "A and B normalised, rounds of 100",
+            f"{BOOST} --zo_normalize --xgblora_steps_per_iteration 100 --learning_rate 1e-3 --zo_eps 1e-2"),
+        Arm("batch", "batch 4", base(rate=4e-3), steps=800, batch=4),
+        Arm("batch", "batch 16", base(rate=7e-3), steps=200, batch=16),
+        Arm("queries", "4 queries", f"{base(rate=1e-2)} --zo_queries 4", steps=100),
+        Arm("layers", "random 15 of 30", f"{base()} --xgblora_layers random:15"),
+        Arm("directions", "Rademacher", f"{base()} --zo_distribution rademacher"),
+        Arm("directions", "normaliser off", f"{BOOST} --lora_freeze_a --xgblora_steps_per_iteration 25 {sgd} 1e-3"),
+        Arm("targets", "v and o", f"{base()} --lora_targets v_proj,o_proj"),
+        Arm("targets", "all linear", f"{base(rate=2e-3)} --lora_targets "
+            "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+        Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
+        Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
+    ]  # fmt: skip
+
+
+def make_dev() -> None:
+    """Reviews whose last training rows stand in the place of the validation rows."""
+    lines = (ROOT / "starter" / "Reviews" / "train.jsonl").read_text().splitlines(keepends=True)
+    folder = DEV / "Reviews"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(lines[:-DEV_ROWS]))
+    (folder / "validation.jsonl").write_text("".join(lines[-DEV_ROWS:]))
+
+
+def run_one(job: tuple[Arm, int]) -> None:
+    arm, seed = job
+    path, name = arm.path(seed), f"{arm.path(seed).parent.name}-{arm.path(seed).stem}"
+    result, predictions = WORK / f"{name}.json", WORK / f"{name}.jsonl"
+    command = f"{arm.command} --seed {seed}"
+    more = (
+        f"--result_file {result} --predictions {predictions} --output_dir {WORK / name} --overwrite --disable_tqdm True"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(WORK / f"{name}.log", "w") as log:
+        words = [sys.executable, "run.py", *shlex.split(command), *shlex.split(more)]
+        ended = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
+    if ended.returncode:
+        tqdm.write(f"failed: {name}, see {WORK / name}.log")
+        return
+    found = json.loads(result.read_text())
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    margins, golds = [r["scores"][1] - r["scores"][0] for r in rows], [r["gold"] for r in rows]
+    one = found["sets"][0]
+    kept = {
+        "arm": arm.name, "group": arm.group, "task": arm.task, "seed": seed, "steps": arm.steps, "batch": arm.batch,
+        "command": f"python run.py {command}", "accuracy": found["accuracy"], "loss": found["loss"],
+        "auc": auc(margins, golds), "best_threshold": best_threshold_accuracy(margins, golds),
+        "forward_passes": found["forward_passes"], "seconds": one["train_seconds"],
+        "peak_memory_mb": found["peak_memory_mb"], "boosters": one.get("boosters", 0),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean difference over the seeds that both have, with its 95 % interval where there are two or more."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    differences = [ours[s] - theirs[s] for s in seeds]
+    if len(seeds) < 2:
+        return f"{differences[0]:+.1f}" if seeds else ""
+    half = T95.get(len(seeds), 2.0) * stdev(differences) / len(seeds) ** 0.5
+    return f"{fmean(differences):+.1f} ± {half:.1f}"
+
+
+NUMBERS = ("accuracy", "auc", "best_threshold", "loss", "forward_passes", "seconds", "peak_memory_mb")
+HEAD = "group", "arm", "seeds", "accuracy", "− base", "AUC", "best threshold", "loss", "passes × rows", "seconds", "MB"
+
+
+def finished(arms: list[Arm], task: str) -> list[tuple[Arm, dict[int, dict]]]:
+    """(arm, {seed: what its run found}) of a task, of arms that have runs."""
+    found = [(a, {s: json.loads(a.path(s).read_text()) for s in a.seeds if a.path(s).exists()}) for a in arms]
+    return [(arm, runs) for arm, runs in found if arm.task == task and runs]
+
+
+def title(task: str) -> str:
+    return "Reviews, dev rows" if task == "dev" else task
+
+
+def percent(runs: dict[int, dict]) -> dict[int, float]:
+    return {seed: 100 * run["accuracy"] for seed, run in runs.items()}
+
+
+def table(arms: list[Arm]) -> None:
+    """A row for each arm that has runs, against the base of its task."""
+    for task in dict.fromkeys(arm.task for arm in arms):
+        rows = finished(arms, task)
+        reference = next((percent(runs) for arm, runs in rows if arm.group == "base"), {})
+        print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+        for arm, runs in rows:
+            mean = {key: fmean(run[key] for run in runs.values()) for key in NUMBERS}
+            cells = [arm.group, arm.name, str(len(runs)), f"{100 * mean['accuracy']:.1f}"]
+            cells += [paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""]
+            cells += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
+            cells += [f"{mean['forward_passes']:.0f} × {arm.batch}", f"{mean['seconds']:.0f}"]
+            print(f"| {' | '.join([*cells, format(mean['peak_memory_mb'], '.0f')])} |")
+
+
+def plot(arms: list[Arm], path: Path) -> None:
+    """Accuracy of every arm with its runs as dots, one panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {task: rows for task in dict.fromkeys(a.task for a in arms) if (rows := finished(arms, task))}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 9), layout="constrained", squeeze=False)
+    for axis, (task, rows) in zip(axes[0], panels.items(), strict=True):
+        for i, (_, runs) in enumerate(rows):
+            values = list(percent(runs).values())
+            axis.plot(values, [i] * len(values), "o", color="C0", alpha=0.5)
+            axis.plot(fmean(values), i, "|", color="C3", ms=14, mew=2)
+        axis.set_yticks(range(len(rows)), [arm.name for arm, _ in rows])
+        axis.invert_yaxis()
+        axis.set(title=title(task), xlabel="accuracy in %: each seed, and their mean")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["run", "table", "plot", "list"])
+    parser.add_argument("--groups", nargs="+", help="only these groups")
+    parser.add_argument("--only", default="", help="only arms whose name holds this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    arms = [a for a in grid() if (not args.groups or a.group in args.groups) and args.only in a.name]
+    if args.what == "table":
+        return table(arms)
+    if args.what == "plot":
+        return plot(arms, OUT / "arms.png")
+    jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
+    if args.what == "list":
+        for arm, seed in jobs:
+            print(f"python run.py {arm.command} --seed {seed}")
+        return None
+    make_dev()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in tqdm(pool.map(run_one, jobs), total=len(jobs), unit="run", desc="experiments"):
+            pass
+    return None
+
+
+if __name__ == "__main__":
+    main()
