@@ -255,6 +255,8 @@ class OurArguments(TrainingArguments):
                 raise UsageError(message)
         if zo and get_method(self.zo_method).full_only and adapters:
             raise UsageError(f"--zo_method {self.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
+        if zo and get_method(self.zo_method).adapters_only and (not adapters or self.lora_freeze_a):
+            raise UsageError(f"--zo_method {self.zo_method} is for --lora or --xgblora with A and B trained")
         if not self.eos_token:
             raise UsageError("--eos_token is empty: an answer has to end somewhere")
         for name in ("seed", "train_set_seed"):

@@ -20,6 +20,11 @@ LOOKS |= {"is_complex", "get_device", "untyped_storage", "storage_offset", "__re
 VIEWS = {"T", "mT", "data", "H", "mH"}
 
 
+def widened(values: Tensor) -> Tensor:
+    """In single precision where it is half precision, else itself."""
+    return values.float() if values.element_size() < 4 else values
+
+
 class NoCopies(RuntimeError):
     """A function that is given a parameter has nothing that could be split into copies."""
 
@@ -61,10 +66,10 @@ class Streamed(TorchFunctionMode):
     def shown(self, slot, rows) -> list[Tensor]:
         """Rows of θ + scale·z at each point, in the parameter's dtype; z of a query is generated once."""
         matrix, z = slot.matrix, {}
-        values = (matrix[rows.start : rows.stop] if isinstance(rows, range) else matrix[rows]).float()
+        values = widened(matrix[rows.start : rows.stop] if isinstance(rows, range) else matrix[rows])
         for query, _ in self.points:
             z[query] = self.direction(slot, query, rows) if query not in z else z[query]
-        return [(z[query] * scale).add_(values).to(slot.param.dtype) for query, scale in self.points]
+        return [(z[q].to(values.dtype) * scale).add_(values).to(slot.param.dtype) for q, scale in self.points]
 
     def all_of(self, param: Tensor) -> list[Tensor]:
         """A small parameter, whole, at each point."""

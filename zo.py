@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import directions
-from streaming import NoCopies, Streamed
+from streaming import NoCopies, Streamed, widened
 from trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class Method:
 
     replayable = True
     full_only = False  # its directions need the tensors of a full fine-tune, and adapters lie in one flat vector
+    adapters_only = False  # its directions need the pairs of A and B
 
     def __init__(self, queries: int = 1):
         self.queries = queries
@@ -355,14 +356,13 @@ class ZerothOrder(torch.optim.Optimizer):
         self.method.update(slot.param, zs)
 
     def _update_streamed(self, slot: Slot, queries: list[tuple[float, int]], rate: float) -> None:
-        half = slot.param.dtype != torch.float32
         for rows in slot.blocks():
             block = slot.matrix[rows.start : rows.stop]
-            values = block.float()  # itself, where it is fp32
+            values = widened(block)
             if slot.decayed:
                 values.mul_(fp32(1 - rate * slot.decayed))
             self.method.update(values, [(c, self.direction(slot, query, rows)) for c, query in queries])
-            if half:
+            if values is not block:
                 counter = (self.noise.seed, self.scalars["step"], "rounding")
                 start = slot.offset + rows.start * slot.width
                 rounded = directions.stochastic_round(values.flatten(), slot.param.dtype, counter, start)

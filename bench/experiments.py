@@ -1,6 +1,6 @@
 """Which method wins, on a real model, with seeds: a grid of `run.py` runs, a small JSON each in bench/experiments/.
 
-    python bench/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet; a kill loses a run
+    python bench/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet
     python bench/experiments.py table                                         # every table of docs/EXPERIMENTS.md
     python bench/experiments.py plot                                          # every picture
     python bench/experiments.py list                                          # the runs to come, with their commands
@@ -104,8 +104,8 @@ def grid() -> list[Arm]:
             f"{LORA} --lora_alpha 128 --zo_method fzoo --zo_queries 8 --learning_rate 1e-4 --zo_eps 1e-2 "
             "--lr_scheduler_type constant", steps=89),
         Arm("methods", "first-order LoRA r 8", f"{first} --lora --learning_rate 1e-3", steps=200, batch=16, seeds=(0,)),
-        Arm("methods", "first-order XGBLoRA", f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3",
-            steps=200, batch=16, seeds=(0,)),
+        Arm("methods", "first-order XGBLoRA",
+            f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3", 200, 16, (0,)),
         Arm("schedule", "constant rate", f"{base(rate=3e-3)} --lr_scheduler_type constant"),
         Arm("schedule", "rate per round", f"{base()} --xgblora_restart_lr"),
         Arm("A", "A held for 10 of 25 steps",

@@ -1,8 +1,11 @@
 """Metrics against their definitions written out."""
 
+import random
+
 import numpy as np
 import pytest
 
+import metrics
 from metrics import accuracy, best_threshold_accuracy, exact_match, f1, macro_f1
 
 
@@ -42,3 +45,11 @@ def test_the_best_threshold_is_the_best_of_all_thresholds():
         cuts = [-10.0, *np.unique(margins)]
         best = max(np.mean([(m > cut) == g for m, g in zip(margins, golds, strict=True)]) for cut in cuts)
         assert best_threshold_accuracy(margins.tolist(), golds) == pytest.approx(best)
+
+
+def test_auc_counts_pairs():
+    rng = random.Random(0)
+    margins, golds = [rng.randrange(6) / 2 for _ in range(40)], [rng.randrange(2) for _ in range(40)]
+    above, below = ([m for m, g in zip(margins, golds, strict=True) if g == wanted] for wanted in (1, 0))
+    wins = sum((a > b) + (a == b) / 2 for a in above for b in below)
+    assert metrics.auc(margins, golds) == pytest.approx(wins / (len(above) * len(below)))
