@@ -100,6 +100,9 @@ class OurArguments(TrainingArguments):
         None, "training", "rebuild the weights of a run from its trajectory.safetensors; the flags are those of the run"
     )
     replay_steps: int | None = flag(None, "training", "with --replay: so many steps (default: the run's result)")
+    save_on_interrupt: bool = flag(
+        False, "training", "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit with 75: the command goes on"
+    )
     overwrite: bool = flag(False, "training", "remove the checkpoints of an earlier run in --output_dir")
     save_model: bool = flag(False, "training", "write the trained model or adapter into --output_dir")
     save_merged: bool = flag(

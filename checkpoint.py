@@ -1,4 +1,6 @@
-"""Checkpoints that are whole or not there: a manifest of sizes and hashes, one rename, the newest complete one.
+"""Checkpoints that are whole or not there, and runs that end so that they can go on.
+
+A manifest of sizes and hashes, one rename, the newest complete one; a lock; signals; disks that are full.
 
 A checkpoint is written under a temporary name, gets `manifest.json`, is flushed to the disk and renamed; so a name
 `checkpoint-N` stands for complete content, and what a crash left half-written never has one. Nothing here knows what a
@@ -6,6 +8,7 @@ step or a task is.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 from utils import UsageError
@@ -22,6 +26,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 PARTIAL = ".partial"
+REQUEUE = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sha256(path: Path) -> str:
@@ -35,6 +41,14 @@ def ends(path: Path, size: int = 1 << 20) -> list:
         head, length = file.read(size), file.seek(0, os.SEEK_END)
         file.seek(max(0, length - size))
         return [length, hashlib.sha256(head + file.read()).hexdigest()]
+
+
+def refuse_unwritable(path: Path, flag: str) -> None:
+    """Raise UsageError where a file could not be written, before hours go into what it is to hold."""
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"{flag} {path} can't be written")
 
 
 def fingerprint(value) -> str:
@@ -147,6 +161,65 @@ def locked(output_dir):
         except OSError as error:
             raise UsageError(f"another process is training in {output_dir}; give another --output_dir") from error
         yield
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. No Exception, so that no `except Exception` on the way takes it for a failure."""
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 as requests to stop: the step is finished and saved, an evaluation is left at once
+    (`interruptible`). A second SIGINT stops at once. The handlers from before are put back. Nothing, where not `on`.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, on: bool = False):
+        self.on, self.received, self.at_once, self.before = on, None, False, {}
+
+    def __enter__(self) -> "Signals":
+        if self.on:
+            self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self.received)
+        if self.at_once:
+            raise Interrupted(self.received)
+
+    def check(self) -> None:
+        """Raise Interrupted where a request has come."""
+        if self.received:
+            raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, a request raises Interrupted at once."""
+        self.check()
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+
+class Unsaved(OSError):
+    """The state that a run ended with is not on the disk."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, the quota or the allowed size of a file is at its end. Libraries that write
+    files in C++ or Rust pass on only the text of it."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(os.strerror(number) in str(error) for number in FULL) or "PytorchStreamWriter failed" in str(error)
 
 
 def rotate(output_dir, limit: int | None, keep: str | None) -> None:

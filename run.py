@@ -3,304 +3,27 @@
     python run.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --xgblora --trainer zo \\
         --xgblora_steps_per_iteration 50 --max_steps 400
 
-Reads top to bottom like a recipe: `Framework` (model, prompts and scores, training), then `main` (sets of training
-rows, result file). The flags stand in arguments.py, what a step is in trainer.py and zo.py.
+`main` reads the flags, draws the sets of training rows, runs each and writes the results. The flags stand in
+arguments.py, what is done with a model and a task in framework.py, what a step is in trainer.py and zo.py.
 """
 
-import copy
-import functools
 import json
 import logging
-import math
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
 
 import torch
 
-import adapters
 import checkpoint
-import generation
-import metrics
-import models
 import results
-import scoring
 import staged
 from arguments import OurArguments, parse
-from defaults import INCIDENTAL, REPLAYED
-from lora import LoRA
-from tasks import GENERATION, OPTIONS, TEXT, get_task
-from trainer import TRAJECTORY, OurTrainer
-from trajectory import Trajectory
-from utils import UsageError, keep_pages, prompt_tokens, text_tokens
+from framework import Framework, Rows
+from tasks import get_task
+from utils import UsageError, keep_pages
 
 logger = logging.getLogger("run")
-
-
-class Rows(NamedTuple):
-    """Samples and what they are as token ids; `prior` is the calibration prompt of each, or None."""
-
-    samples: list
-    examples: list[scoring.Example]
-    prior: list[scoring.Example] | None
-
-
-class Framework:
-    """A model and a task, ready to train and to evaluate. The model is loaded when it is first looked at, so that bad
-    data and prompts are refused before."""
-
-    def __init__(self, args: OurArguments, task):
-        self.args, self.task, self.template = args, task, task.get_template() if task else None
-        if task:
-            args.choose_best_by(task.metric_name)
-        if task and task.kind != OPTIONS:
-            for flag in ("train_as_classification", "sfc", "icl_sfc"):
-                if getattr(args, flag):
-                    raise UsageError(f"--{flag} is for tasks with candidates, but {task.name} has none")
-        if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
-            raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
-        self.lora_module: LoRA | None = None
-        self.trainer: OurTrainer | None = None
-        if args.adapter:
-            adapters.adapter_config(args.adapter)
-        self.config = models.read_config(args.model_name)
-        self.tokenizer = models.read_tokenizer(args.model_name, self.config)
-        limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
-        self.max_length = min(args.max_length, limit)
-
-    @functools.cached_property
-    def model(self):
-        """The model in eval mode on its device, adapters injected."""
-        args = self.args
-        model = models.read_model(args.model_name, args.dtype).to(args.device)
-        for source in (self.tokenizer, model.config):
-            source.pad_token_id = self.tokenizer.pad_token_id
-        self.plain = not scoring.takes_packed(model, self.max_length)
-        if self.plain:
-            logger.warning("%s can't take packed rows: scoring one padded row per candidate", args.model_label)
-        if args.adapter and args.trainer == "none":
-            saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
-            self.lora_module = LoRA(
-                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
-                ensemble=args.xgblora_ensemble,
-            )  # fmt: skip
-        elif args.lora or args.xgblora:
-            targets = [t.strip() for t in args.lora_targets.split(",") if t.strip()] if args.lora_targets else None
-            self.lora_module = LoRA(
-                model, args.lora_r, args.lora_alpha, args.load_float16, args.xgblora, args.seed, targets,
-                freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
-                ensemble=args.xgblora_ensemble,
-            )  # fmt: skip
-        if args.adapter:
-            self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
-        return model
-
-    # ---- prompts and scores ----
-
-    def examples(self, samples, demonstrations=(), sfc=False, icl_sfc=False, gold=True) -> list[scoring.Example]:
-        """Samples as token ids; `demonstrations` is one list for all samples, or a list of lists, one a sample.
-
-        Where answers are generated, `gold` puts the right one behind the prompt.
-        """
-        each = demonstrations if demonstrations and isinstance(demonstrations[0], list) else None
-        new = self.args.max_new_tokens if self.task.generation else None
-        made, cuts = [], 0
-        for i, sample in enumerate(samples):
-            if self.task.kind == TEXT:
-                where = f"task {self.task.name}, example {sample.id}"
-                ids, learned, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
-                made.append(scoring.Example([ids], [len(learned)], targets=[learned]))
-            else:
-                shots = each[i] if each else demonstrations
-                encodings, option_lens, cut = prompt_tokens(
-                    self.task, self.template, shots, sample, self.tokenizer, self.max_length, sfc, icl_sfc,
-                    self.task.generation, self.task.generation and gold, new,
-                )  # fmt: skip
-                made.append(scoring.Example(encodings, option_lens, self.label(sample)))
-            cuts += cut > 0
-        if cuts:
-            logger.info("%d of %d prompts are longer than %d tokens: cut on the left", cuts, len(made), self.max_length)
-        return made
-
-    def label(self, sample) -> int:
-        """Index of the right candidate, the first of them where several are right."""
-        if self.task.kind != OPTIONS:
-            return 0
-        right = sample.correct_candidate
-        right = right if isinstance(right, list) else [right]
-        return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
-
-    def rows(self, samples, demonstrations=()) -> Rows:
-        """What an evaluation on these samples needs, as token ids: bad prompts show before anything is trained."""
-        args, prior = self.args, None
-        if args.sfc or args.icl_sfc:
-            prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
-        return Rows(samples, self.examples(samples, demonstrations, gold=False), prior)
-
-    def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
-        """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum."""
-        score = functools.partial(scoring.score, self.model, plain=self.plain)
-        sums = score(rows.examples, progress=progress)
-        if rows.prior is None:
-            lens = [x.option_lens for x in rows.examples]
-            return [[s / n for s, n in zip(a, b, strict=True)] for a, b in zip(sums, lens, strict=True)]
-        keys = [tuple(map(tuple, x.encodings)) for x in rows.prior]
-        distinct = dict(zip(keys, rows.prior, strict=True))  # most tasks have one calibration prompt for all rows
-        priors = dict(zip(distinct, score(list(distinct.values())), strict=True))
-        return [[s - p for s, p in zip(a, priors[key], strict=True)] for a, key in zip(sums, keys, strict=True)]
-
-    def predict(self, rows: Rows, progress: bool = True) -> list[dict]:
-        """One dict per example: `id`, and `scores`, `prediction`, `gold`, `loss` of options (the cross-entropy of the
-        right one), `prediction` and `gold` of generated answers, `logprob` and `tokens` of texts."""
-        args, progress = self.args, progress and not self.args.disable_tqdm
-        golds = [sample.correct_candidate for sample in rows.samples]
-        if self.task.kind == GENERATION:
-            prompts = [x.encodings[0] for x in rows.examples]
-            answers = generation.generate(
-                self.model, self.tokenizer, prompts, args.eos_token, args.max_new_tokens, cached=not self.plain,
-                seed=args.seed, progress=progress, **args.generating,
-            )  # fmt: skip
-            found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
-        else:
-            found = []
-            for sample, x, row in zip(rows.samples, rows.examples, self.scores(rows, progress), strict=True):
-                if self.task.kind == TEXT:
-                    found.append({"logprob": row[0] * x.option_lens[0], "tokens": x.option_lens[0]})
-                    continue
-                best, loss = row.index(max(row)), -torch.tensor(row).log_softmax(0)[x.label].item()
-                found.append({"candidates": sample.candidates, "scores": row, "prediction": sample.candidates[best]})
-                found[-1] |= {"gold": sample.correct_candidate, "loss": loss}
-        if args.verbose:
-            text = self.tokenizer.decode(rows.examples[0].encodings[0])
-            logger.info("first prompt, as the model sees it: %r; %s", text, found[0])
-        return [{"id": sample.id, **one} for sample, one in zip(rows.samples, found, strict=True)]
-
-    def metrics(self, found: list[dict]) -> dict[str, float]:
-        """The numbers of what was predicted: accuracy (fraction) and mean loss; f1 and em; loss and perplexity."""
-        if self.task.kind == TEXT:
-            loss = -sum(one["logprob"] for one in found) / sum(one["tokens"] for one in found)
-            return {"loss": loss, "perplexity": math.exp(loss)}
-        predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
-        if self.task.kind == GENERATION:
-            pairs = list(zip(predictions, golds, strict=True))
-            return {"f1": fmean(metrics.f1(*p) for p in pairs), "em": fmean(metrics.exact_match(*p) for p in pairs)}
-        measured = {"accuracy": metrics.accuracy(predictions, golds)}
-        if self.task.metric_name == "macro_f1":
-            measured["macro_f1"] = metrics.macro_f1(predictions, golds)
-        return {**measured, "loss": fmean(one["loss"] for one in found)}
-
-    def evaluate(self, rows: Rows, progress: bool = True) -> dict[str, float]:
-        return self.metrics(self.predict(rows, progress))
-
-    # ---- training ----
-
-    def learned(self, samples) -> list[scoring.Example]:
-        """Samples as the training loss takes them."""
-        examples, args = self.examples(samples), self.args
-        if args.train_as_classification:
-            return examples
-        return [language_modelling(x, args.only_train_option) for x in examples]
-
-    def train(self, train_samples, dev_rows: Rows, output_dir: Path) -> None:
-        """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked)."""
-        args = copy.copy(self.args)
-        args.output_dir = str(output_dir)
-        examples, dev_examples = (self.learned(samples) for samples in (train_samples, dev_rows.samples))
-        settings = self.settings(train_samples, dev_rows.samples)
-        if args.overwrite:
-            checkpoint.clear(output_dir)
-        found = checkpoint.newest(output_dir)
-        if found:
-            checkpoint.refuse_other_run(found, settings)
-        model = self.model
-        self.trainer = trainer = OurTrainer(
-            model=model,
-            args=args,
-            train_dataset=examples,
-            eval_dataset=dev_rows.samples or None,
-            processing_class=self.tokenizer,
-            data_collator=functools.partial(scoring.pack, plain=self.plain),
-            loss_fn=functools.partial(scoring.loss, classification=args.train_as_classification),
-            evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: scoring.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
-            settings=settings,
-        )
-        trainer.lora_module = self.lora_module
-        if found and trainer.finished(found):
-            logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
-        else:
-            if args.zo_cache_activations:
-                trainer.cache_activations(self.plain)
-            if args.zo_check:
-                trainer.check()
-            if found:
-                logger.info("going on from %s", found)
-            (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
-        trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
-        if args.save_model:
-            trainer.save_model(str(output_dir))
-        model.eval()
-
-    def best_stage(self, dev_rows: Rows) -> int:
-        """`--xgblora_best`: how many of the boosters do best on the dev rows."""
-        metric = self.task.metric_name
-        found = staged.stages(self.lora_module, lambda: self.evaluate(dev_rows, progress=False), progress=False)
-        logger.info("\n".join(staged.table(found, metric)))
-        return staged.best(found, metric)
-
-    def replay(self, path: str, output_dir: Path) -> None:
-        """Rebuild the weights of a run from its trajectory, and write them to its output directory."""
-        try:
-            trajectory = Trajectory.load(path)
-        except ValueError as error:
-            raise UsageError(f"--replay {error}") from error
-        about, args = trajectory.about, copy.copy(self.args)
-        args.output_dir, args.eval_strategy, args.load_best_model_at_end = str(output_dir), "no", False
-        saved, ours = (
-            {k: v for k, v in some.items() if k in REPLAYED}
-            for some in (about.get("settings", {}), self.settings([], []))
-        )
-        differ = checkpoint.differences(saved, ours)
-        if differ:
-            raise UsageError(f"--replay {path} is of another run: {differ}")
-        if (args.replay_steps or 0) > len(trajectory.coefficients):
-            raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
-        trainer = OurTrainer(model=self.model, args=args, processing_class=self.tokenizer, loss_fn=None)
-        trainer.lora_module = self.lora_module
-        trainer.replay(trajectory, args.replay_steps)
-        trainer.save_model(str(output_dir))
-
-    def settings(self, train_samples, dev_samples) -> dict:
-        """What makes this run this run: model, rows, and every flag that is not incidental."""
-        kept = {k: v for k, v in self.args.to_dict().items() if k not in INCIDENTAL}
-        if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
-            del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
-        rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
-        kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
-        config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
-        kept["model"] = checkpoint.fingerprint([config, checkpoint.weights(self.args.model_name)])
-        return json.loads(json.dumps(kept, default=str))
-
-    def save_merged(self, directory: Path) -> None:
-        """Write a plain model directory, adapters merged, that `from_pretrained` loads."""
-        model = self.model  # loading it makes the adapters
-        model.save_pretrained(directory, state_dict=self.lora_module.plain_state_dict() if self.lora_module else None)
-        self.tokenizer.save_pretrained(directory)
-
-    def export(self, directory: Path) -> None:
-        """`--export_rank`: write the nearest LoRA of that rank, and say what it lacks."""
-        _ = self.model  # loading it makes the adapters
-        lost = self.lora_module.export(directory, self.args.export_rank)
-        logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
-
-
-def language_modelling(example: scoring.Example, only_option: bool) -> scoring.Example:
-    """The right option alone, to be trained as text: its own tokens, or all tokens behind the first."""
-    ids = example.encodings[example.label]
-    return scoring.Example([ids], [example.option_lens[example.label] if only_option else len(ids) - 1])
 
 
 def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
@@ -339,16 +62,28 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
     dev_rows = framework.rows(dev_samples)
     measured, start = {"train_set": train_set}, time.perf_counter()
-    if trains:
-        with checkpoint.locked(output_dir):
-            framework.train(train_samples, dev_rows, output_dir)
-        measured["forward_passes"] = framework.trainer.forward_passes
-    measured["train_seconds"] = round(time.perf_counter() - start, 2)
+    with checkpoint.Signals(args.save_on_interrupt and trains) as signals:
+        if trains:
+            with checkpoint.locked(output_dir):
+                framework.train(train_samples, dev_rows, output_dir, signals)
+            measured["forward_passes"] = framework.trainer.forward_passes
+        measured["train_seconds"] = round(time.perf_counter() - start, 2)
+        with signals.interruptible():
+            measured |= look(framework, output_dir, train_set, dev_rows, eval_rows)
+    measured["seconds"] = round(time.perf_counter() - start, 2)
+    if framework.lora_module:
+        measured["boosters"] = len(framework.lora_module.boosters)
+    return measured
+
+
+def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval_rows: Rows | None) -> dict:
+    """What the model, trained or not, is worth: its files, its metrics and its predictions, as the flags ask."""
+    args, measured = framework.args, {}
     if args.save_merged:
         framework.save_merged(output_dir / "merged")
     if args.export_rank:
         framework.export(output_dir / f"rank{args.export_rank}")
-    if dev_samples:
+    if dev_rows.samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
         found = framework.predict(eval_rows)
@@ -361,10 +96,7 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     if args.staged:
         lora, progress = framework.lora_module, not args.disable_tqdm
         measured["staged"] = staged.stages(lora, lambda: framework.evaluate(eval_rows, False), args.staged, progress)
-        logger.info("\n".join(staged.table(measured["staged"], task.metric_name)))
-    measured["seconds"] = round(time.perf_counter() - start, 2)
-    if framework.lora_module:
-        measured["boosters"] = len(framework.lora_module.boosters)
+        logger.info("\n".join(staged.table(measured["staged"], framework.task.metric_name)))
     return measured
 
 
@@ -378,6 +110,20 @@ def replay(args: OurArguments) -> int:
     return 0
 
 
+def explanation(error: Exception) -> str | None:
+    """What to tell the person at the terminal; None where only a traceback tells it."""
+    if isinstance(error, UsageError | FloatingPointError | checkpoint.Unsaved) or checkpoint.is_full(error):
+        return " ".join(str(error).split())
+    words = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words:
+        return (
+            f"out of memory ({words.splitlines()[0] if words else type(error).__name__}): lower "
+            "--per_device_train_batch_size or --max_length, or load the model with --load_bfloat16; the same command "
+            "goes on from the last checkpoint"
+        )
+    return None
+
+
 def main(argv=None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     keep_pages()
@@ -388,6 +134,9 @@ def main(argv=None) -> int:
         task = get_task(args.task_name, args.data_dir, args.own, args.metric)
         sets = draw(args, task)
         path = results.path_of(args, [seed for seed, _, _ in sets])
+        for flag, file in (("--result_file", path), ("--predictions", args.predictions)):
+            if file:
+                checkpoint.refuse_unwritable(file, flag)
         args.announce()
         measured = []
         for one in sets:
@@ -398,8 +147,17 @@ def main(argv=None) -> int:
         if args.staged:
             labels = [f"trainset{one['train_set']}" for one in measured]
             staged.picture([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
-    except (UsageError, FloatingPointError) as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
+    except checkpoint.Interrupted as signal:
+        print(f"run.py: stopped by {signal}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return checkpoint.REQUEUE
+    except KeyboardInterrupt:
+        print("run.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        said = explanation(error)
+        if not said:
+            raise
+        print(f"run.py: error: {said}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 import bottom
@@ -30,6 +30,7 @@ from zo import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
+OWED, EXTRA = "owed", "extra"  # in the Trainer's state: an evaluation to be made up for; steps saved out of turn
 BUSY = 512  # tokens of a batch that keep a CPU's matrix products busy: below, copies take 0.7–0.96 of the time
 TRAJECTORY = "trajectory.safetensors"
 
@@ -45,6 +46,22 @@ def copies(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "aut
     return max(1, min(points, scoring.TOKENS // tokens))
 
 
+class Stopping(TrainerCallback):
+    """Where a signal has come, ends the run with this step, saved; and makes up for the evaluation that one cut off."""
+
+    def __init__(self, trainer: "OurTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.stateful_callbacks.pop(OWED, None):
+            self.trainer.make_up()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.signals.received:
+            self.trainer.save_out_of_turn = not control.should_save
+            control.should_save = control.should_training_stop = True
+
+
 class OurTrainer(Trainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
@@ -53,13 +70,16 @@ class OurTrainer(Trainer):
             of the batch one behind the other, and a step may ask for several at once.
         evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
         dev_loss_fn(model) -> the loss on dev rows, which `--xgblora_adaptive` goes by.
+        signals: requests to stop, see checkpoint.py.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
     `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. None trains the whole model.
     """
 
-    def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, **kwargs):
+    def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, signals=None, **kwargs):
         self.loss_fn, self.evaluate_fn, self.dev_loss_fn = loss_fn, evaluate_fn, dev_loss_fn
+        self.signals, self.save_out_of_turn = signals or checkpoint.Signals(), False
+        self.unsaved: BaseException | None = None  # why the last state is not on the disk
         self.settings = settings or {}
         self.lora_module = None
         self.store: bottom.Store | None = None
@@ -74,6 +94,7 @@ class OurTrainer(Trainer):
         self.boosting = Boosting(self)
         if self.args.xgblora:
             self.add_callback(self.boosting)
+        self.add_callback(Stopping(self))
 
     # ---- the step ----
 
@@ -293,10 +314,27 @@ class OurTrainer(Trainer):
     # ---- evaluation ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_fn(self.model).items()}
+        with self.signals.interruptible():
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_fn(self.model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        """An evaluation that a signal cuts off is left, and owed: the step is saved, a rerun evaluates it first."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except checkpoint.Interrupted:
+            self.save_out_of_turn |= not self.control.should_save
+            self.state.stateful_callbacks[OWED] = True
+            self._save_checkpoint(model, trial)
+            raise
+
+    def make_up(self) -> None:
+        """The evaluation that was cut off at this step, as the loop does it."""
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics=metrics, trial=None)
+        self._name_best()
 
     # ---- checkpoints ----
 
@@ -319,19 +357,44 @@ class OurTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / checkpoint.PARTIAL
         shutil.rmtree(self._staging, ignore_errors=True)
+        if self.save_out_of_turn:
+            self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
+        best = self.state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)
-            best = output_dir / f"checkpoint-{self.state.best_global_step}"
-            if best.name == name or best.is_dir():  # the best step of all may be one without a checkpoint
-                self.state.best_model_checkpoint = str(best)
+            self._name_best(name)
             written = self._staging / name
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             (written / checkpoint.SETTINGS).write_text(json.dumps(self.settings, indent=1))
             checkpoint.publish(written, output_dir / name)
+        except Exception as error:
+            if not checkpoint.is_full(error):
+                raise
+            self.state.best_model_checkpoint = best
+            if not self.unsaved:
+                logger.warning(
+                    "%s could not be saved (%s); training goes on, and the next save tries again", name, error
+                )
+            self.unsaved = error
+        else:
+            self.unsaved = None
+            checkpoint.rotate(output_dir, self.limit, keep=self.state.best_model_checkpoint)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        checkpoint.rotate(output_dir, self.limit, keep=self.state.best_model_checkpoint)
+
+    def refuse_unsaved(self) -> None:
+        """Raise checkpoint.Unsaved where the last state could not be written."""
+        if self.unsaved:
+            raise checkpoint.Unsaved(f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}")
+
+    def _name_best(self, name: str | None = None) -> None:
+        """Point to the best step's checkpoint, where there is one (`name` is being written); one that a signal caused
+        does not count, since an undisturbed run has none."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        counts = self.state.best_global_step not in self.state.stateful_callbacks.get(EXTRA, ())
+        if counts and (best.name == name or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.lora_module is None:

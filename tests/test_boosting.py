@@ -10,8 +10,8 @@ from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 from test_trainer import framework  # noqa: F401 - a fixture
 
 import checkpoint
-import run
 import scoring
+from framework import language_modelling
 from trainer import OurTrainer
 from trajectory import Trajectory
 from zo import ZerothOrder
@@ -231,7 +231,7 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: 
     rows = made.task.sample_subset("train", 0, 32)[28:]
     expected = scoring.loss(made.model, scoring.pack(made.examples(rows)), True).item()
     assert made.trainer.dev_loss() == pytest.approx(expected, abs=1e-5)
-    text = [run.language_modelling(x, True) for x in made.examples(rows)]
+    text = [language_modelling(x, True) for x in made.examples(rows)]
     expected = scoring.loss(made.model, scoring.pack(text), False).item()
     assert scoring.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
 

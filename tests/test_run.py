@@ -163,7 +163,7 @@ OTHERS = {
     "zo_eps": "--zo_eps 0.5",
     "learning_rate": "--learning_rate 0.5",
     "xgblora_steps_per_iteration": "--xgblora_steps_per_iteration 3",
-    "per_device_train_batch_size": "--per_device_train_batch_size 4",
+    "batch": "--per_device_train_batch_size 4",
     "rows": "--num_train 12",
     "load_bfloat16": "--load_bfloat16",
 }
