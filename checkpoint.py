@@ -97,6 +97,8 @@ def damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, entry in manifest.items():
             path = checkpoint / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return "its manifest names a file that is not in it"
             if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 return f"{name} is damaged"
     except FileNotFoundError as error:

@@ -63,6 +63,7 @@ class Framework:
         self.tokenizer = models.read_tokenizer(args.model_name, self.config)
         limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
         self.max_length = min(args.max_length, limit)
+        self.vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
 
     @functools.cached_property
     def model(self):
@@ -114,6 +115,12 @@ class Framework:
                 )  # fmt: skip
                 made.append(scoring.Example(encodings, option_lens, self.label(sample)))
             cuts += cut > 0
+            top = max(map(max, made[-1].encodings))
+            if top >= self.vocabulary:
+                raise UsageError(
+                    f"--model_name {self.args.model_name}: its tokenizer gives id {top}, but the model knows "
+                    f"{self.vocabulary} tokens: the tokenizer is of another model"
+                )
         if cuts:
             logger.info("%d of %d prompts are longer than %d tokens: cut on the left", cuts, len(made), self.max_length)
         return made
@@ -205,6 +212,10 @@ class Framework:
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
         examples, dev_examples = (self.learned(samples) for samples in (train_samples, dev_rows.samples))
+        if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
+            every = self.task.samples["train"]
+            if len({str(sample.correct_candidate) for sample in every}) == 1:
+                raise UsageError(f"all {len(every)} training rows have one label: there is nothing to tell apart")
         settings = self.settings(train_samples, dev_rows.samples)
         if args.overwrite:
             checkpoint.clear(output_dir)

@@ -9,6 +9,7 @@ arguments.py, what is done with a model and a task in framework.py, what a step 
 
 import json
 import logging
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -115,6 +116,8 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, UsageError | FloatingPointError | checkpoint.Unsaved) or checkpoint.is_full(error):
         return " ".join(str(error).split())
     words = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file of the checkpoint holds more than numbers and is not read; --overwrite starts afresh"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words:
         return (
             f"out of memory ({words.splitlines()[0] if words else type(error).__name__}): lower "
@@ -158,7 +161,7 @@ def main(argv=None) -> int:
         if not said:
             raise
         print(f"run.py: error: {said}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError | pickle.UnpicklingError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0
 

@@ -50,6 +50,7 @@ class Spec:
     candidates: Callable[[dict], list | None] = lambda row: None
     hub: tuple[str, str | None] | None = None  # (dataset, configuration); None: not on the hub
     kind: str = OPTIONS
+    distinct: bool = False  # whether a candidate that stands there twice is an error
 
 
 def labelled(template: templates.Template, *columns: str, labels=(0, 1), hub=None) -> Spec:
@@ -156,9 +157,10 @@ def own_spec(own: Own, first_row: dict) -> Spec:
             words = json.loads(own.label_words)
             assert isinstance(words, dict) and len(words) > 1
             assert all(isinstance(word, str) and word.strip() for word in words.values())
+            assert len(set(words.values())) == len(words)
         except (ValueError, AssertionError):
             example = '\'{"neg": "terrible", "pos": "great"}\''
-            message = f"--label_words {own.label_words}: not a JSON object of two words or more, as {example}"
+            message = f"--label_words {own.label_words}: not a JSON object of two different words or more, as {example}"
             raise UsageError(message) from None
 
         def label(cell) -> str:  # JSON keys are strings, cells may be numbers or booleans
@@ -185,6 +187,7 @@ def own_spec(own: Own, first_row: dict) -> Spec:
             templates.own(own.template, lambda data, candidate: candidate),
             correct=lambda row: row[own.candidates_column][row[own.answer_index_column]],
             candidates=lambda row: row[own.candidates_column],
+            distinct=True,
         )
 
     def answers(cell) -> list[str]:
@@ -343,6 +346,9 @@ def check_row(where: str, row: dict, spec: Spec) -> None:
             raise UsageError(f"{where}: {column} {error}") from error
     if spec.kind == OPTIONS:
         candidates = spec.candidates(row)
+        twice = next((c for c in candidates if candidates.count(c) > 1), None) if spec.distinct else None
+        if twice is not None:
+            raise UsageError(f"{where}: the candidate {twice!r} stands there twice")
         try:
             correct = spec.correct(row)
         except IndexError as error:

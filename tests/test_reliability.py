@@ -1,0 +1,437 @@
+"""Kill it, starve it: a run goes on with the bytes of one that nothing happened to, and no file that it reads runs."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import BOOST, adapter_bytes, go  # noqa: F401 - a fixture
+
+import checkpoint
+import run
+import scoring
+from framework import Framework
+from trainer import OurTrainer
+
+ROOT = Path(run.__file__).parent
+LONG = f"{BOOST} --max_steps 11 --save_on_interrupt"
+BEST = f"{LONG} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --metric loss"
+
+
+@pytest.fixture
+def calm(go):  # noqa: F811
+    """calm(flags) -> (adapter, logged evaluations, result) of an undisturbed run in `out`, which is removed again."""
+
+    def once(flags: str):
+        result = go(flags)
+        found = adapter_bytes(), evaluations(), {k: result[k] for k in ("accuracy", "loss", "forward_passes")}
+        shutil.rmtree("out")
+        return found
+
+    return once
+
+
+def evaluations(path="out"):
+    last = checkpoint.completed(path)[-1]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
+
+
+def at_step(monkeypatch, step: int, act, cls=OurTrainer, name="training_step"):
+    """Do `act()` in the n-th call of a method, before it."""
+    calls, original = [], getattr(cls, name)
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, name, wrapped)
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number", checkpoint.Signals.NUMBERS)
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_bytes(
+    go, calm, monkeypatch, number, step, capsys  # noqa: F811
+):  # fmt: skip
+    expected = calm(LONG)[0]
+    before = [signal.getsignal(n) for n in checkpoint.Signals.NUMBERS]
+    with monkeypatch.context() as patch:
+        at_step(patch, step, send(number))
+        go(LONG, status=checkpoint.REQUEUE)
+    assert signal.Signals(number).name in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in checkpoint.Signals.NUMBERS] == before
+    assert checkpoint.completed("out")[-1].name == f"checkpoint-{step}"
+    assert not (Path("out") / "adapter_model.safetensors").exists()
+    go(LONG)
+    assert adapter_bytes() == expected
+
+
+def test_a_second_interrupt_stops_at_once(go, monkeypatch):  # noqa: F811
+    at_step(monkeypatch, 5, lambda: (send(signal.SIGINT)(), send(signal.SIGINT)()))
+    go(LONG, status=130)
+    assert checkpoint.completed("out")[-1].name == "checkpoint-4"
+
+
+def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch, capsys):  # noqa: F811
+    at_step(monkeypatch, 5, send(signal.SIGINT))
+    go(BOOST, status=130)
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("flags", [BEST, BEST.replace("--save_steps 2", "--save_steps 4")])
+def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth, flags):  # noqa: F811
+    """Same bytes, same evaluations, same best checkpoint, also where the save was not due at that step."""
+    expected = calm(flags)
+    with monkeypatch.context() as patch:
+        at_step(patch, nth, send(signal.SIGTERM), Framework, "evaluate")
+        go(flags, status=checkpoint.REQUEUE)
+    assert checkpoint.completed("out")[-1].name == f"checkpoint-{2 * nth}"
+    result = go(flags)
+    assert (adapter_bytes(), evaluations()) == expected[:2]
+    assert {k: result[k] for k in expected[2]} == expected[2]
+
+
+def test_the_final_evaluation_can_be_interrupted(go, calm, monkeypatch):  # noqa: F811
+    expected = calm(LONG)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, send(signal.SIGUSR1), Framework, "predict")
+        go(LONG, status=checkpoint.REQUEUE)
+    result = go(LONG)
+    assert adapter_bytes() == expected[0] and {k: result[k] for k in expected[2]} == expected[2]
+
+
+# ---- checkpoints that are not whole ----
+
+
+def truncate(path: Path):
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip(path: Path):
+    file = path / "boosters.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "a flipped bit": flip,
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "a file is missing": lambda path: (path / "optimizer.pt").unlink(),
+    "manifest is no JSON": lambda path: (path / "manifest.json").write_text("{"),
+    "manifest is a list": lambda path: (path / "manifest.json").write_text("[1]"),
+    "manifest names a file elsewhere": lambda path: (path / "manifest.json").write_text(
+        json.dumps({"../../../etc/hostname": {"bytes": 1, "sha256": "0"}})
+    ),
+    "empty": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, name, caplog):  # noqa: F811
+    expected = calm(LONG)[0]
+    go(LONG)
+    shutil.rmtree("out/checkpoint-11")
+    DAMAGES[name](Path("out/checkpoint-10"))
+    caplog.set_level("INFO")
+    go(LONG)
+    assert "skipping checkpoint out/checkpoint-10" in caplog.text and "going on from out/checkpoint-8" in caplog.text
+    assert adapter_bytes() == expected
+
+
+def test_when_all_are_damaged_the_run_is_refused(go, capsys):  # noqa: F811
+    go(BOOST)
+    for path in checkpoint.completed("out"):
+        truncate(path)
+    go(BOOST, status=2)
+    assert "every checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    go(f"{BOOST} --overwrite")
+
+
+def test_where_none_was_ever_completed_it_starts_afresh_and_says_so(go, caplog):  # noqa: F811
+    Path("out/.partial/checkpoint-2").mkdir(parents=True)
+    (Path("out/.partial/checkpoint-2") / "optimizer.pt").write_bytes(b"half")
+    go(BOOST)
+    assert "was ever completed" in caplog.text and not Path("out/.partial").exists()
+
+
+def test_a_limit_on_checkpoints_keeps_the_newest_and_the_best(go):  # noqa: F811
+    go(f"{BEST} --save_total_limit 1 --learning_rate 1")
+    kept = [path.name for path in checkpoint.completed("out")]
+    best = json.loads(Path("out/checkpoint-11/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert kept[-1] == "checkpoint-11" and set(kept) <= {"checkpoint-11", Path(best).name}
+
+
+# ---- a full disk ----
+
+STARVED = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import run
+from trainer import OurTrainer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+step, soft = OurTrainer.training_step, {soft}
+
+def starving(self, *args):
+    at = self.state.global_step + 1
+    if at in {changes}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({changes}[at], resource.RLIM_INFINITY))
+    return step(self, *args)
+
+OurTrainer.training_step = starving
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def starved(go_flags, model_dir, data_dir, changes) -> subprocess.CompletedProcess:
+    """A run in which no file may grow beyond so many bytes from a step on: {step: bytes, or -1 for any}."""
+    script = STARVED.format(root=str(ROOT), soft=0, changes=changes)
+    common = f"--model_name {model_dir} --data_dir {data_dir} --result_file result.json --disable_tqdm True"
+    command = [sys.executable, "-c", script, *f"{common} --train_as_classification --num_train 16 {go_flags}".split()]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
+    expected = calm(LONG)[0]
+    done = starved(LONG, model_dir, data_dir, {3: 100, 7: -1})
+    assert done.returncode == 0, done.stderr[-800:]
+    assert done.stderr.count("could not be saved") == 1 and "checkpoint-4" in done.stderr
+    assert [p.name for p in checkpoint.completed("out")] == ["checkpoint-2", *(f"checkpoint-{i}" for i in (8, 10, 11))]
+    assert adapter_bytes() == expected
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(go, calm, model_dir, data_dir):  # noqa: F811
+    expected = calm(LONG)[0]
+    done = starved(LONG, model_dir, data_dir, {5: 100})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("run.py: error")
+    assert [p.name for p in checkpoint.completed("out")] == ["checkpoint-2", "checkpoint-4"]
+    assert not Path("out/.partial").exists() and checkpoint.newest("out").name == "checkpoint-4"
+    go(LONG)
+    assert adapter_bytes() == expected
+
+
+# ---- failures inside a step ----
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, error):  # noqa: F811
+    expected, loss, calls = calm(LONG)[0], scoring.loss, []
+
+    def failing(model, batch, classification, copies=None):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        return loss(model, batch, classification, copies)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "loss", failing)
+        go(LONG, status=1)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--per_device_train_batch_size" in said and said.startswith("run.py: error: out of memory")
+    go(LONG)
+    assert adapter_bytes() == expected
+
+
+def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(scoring, "loss", lambda *a, **k: torch.tensor(float("nan")))
+    go("--trainer zo --lora --max_steps 80 --output_dir out --learning_rate 1", status=1)
+    assert "Lower the learning rate" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["--lora", "", "--load_bfloat16"])
+def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go, monkeypatch, mode):  # noqa: F811
+    """In a callback, and between the two forwards of a step."""
+    made, loss, calls = [], scoring.loss, []
+
+    def failing(model, batch, classification, copies=None):
+        calls.append(1)
+        if len(calls) == 8:
+            raise ZeroDivisionError
+        return loss(model, batch, classification)
+
+    def noting(self, *args, **kwargs):
+        made.append(self.model)
+        return step(self, *args, **kwargs)
+
+    step = OurTrainer.training_step
+    monkeypatch.setattr(scoring, "loss", failing)
+    monkeypatch.setattr(OurTrainer, "training_step", noting)
+    flags = f"--trainer zo {mode} --zo_batched off --save_steps 1 --output_dir out --learning_rate 1e-2"
+    with pytest.raises(ZeroDivisionError):
+        go(f"{flags} --max_steps 9")
+    state = {k: v.clone() for k, v in made[-1].state_dict().items()}
+    done = len(checkpoint.completed("out"))
+    monkeypatch.setattr(scoring, "loss", loss)
+    made.clear()
+    go(f"{flags} --max_steps {done} --output_dir fresh")
+    assert all(torch.equal(v, state[k]) for k, v in made[-1].state_dict().items())
+
+
+# ---- reruns ----
+
+
+def test_other_batches_of_the_same_sum_go_on(go):  # noqa: F811
+    go(BOOST)
+    go(f"{BOOST} --max_steps 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --logging_steps 1")
+    assert checkpoint.completed("out")[-1].name == "checkpoint-8"
+
+
+def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused(go):  # noqa: F811
+    go(BOOST)
+    before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")}
+    go("--trainer none --num_train 0 --output_dir out --seed 9 --adapter out")
+    assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
+
+
+def test_the_lock_dies_with_its_owner(go, model_dir, data_dir):  # noqa: F811
+    command = "import checkpoint,time\nwith checkpoint.locked('out'):\n print('in', flush=True); time.sleep(60)"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    owner.stdout.readline()
+    go(BOOST, status=2)
+    owner.kill()
+    owner.wait()
+    go(BOOST)
+
+
+# ---- nothing is unpickled that could run ----
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def torch_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state": Evil()}, buffer)
+    return buffer.getvalue()
+
+
+PICKLES = {"plain pickle": pickle.dumps(Evil()), "torch.save": torch_file()}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):  # noqa: F811
+    go(BOOST)
+    shutil.rmtree("out/checkpoint-6")
+    path = Path("out/checkpoint-4")
+    (path / name).write_bytes(PICKLES[kind])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    read = name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    go(BOOST, status=2 if read else 0)
+    assert not Path("ran").exists() and not (ROOT / "ran").exists()
+    if read:
+        assert "--overwrite" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "boosters.safetensors"])
+def test_a_malicious_file_in_an_adapter_never_runs(go, name, kind):  # noqa: F811
+    go(BOOST)
+    for file in ("adapter_model.safetensors", "boosters.safetensors"):
+        if name.endswith(".bin") or file == name:
+            (Path("out") / file).unlink()
+    (Path("out") / name).write_bytes(PICKLES[kind])
+    go("--trainer none --num_train 0 --adapter out", status=0 if name == "adapter_model.safetensors" else 2)
+    assert not Path("ran").exists()
+
+
+def test_what_a_run_writes_is_tensors_and_text(go):  # noqa: F811
+    """The only pickles are the Trainer's own three, which hold no code (`weights_only` reads them)."""
+    go(f"{BOOST} --save_merged --predictions rows.jsonl")
+    for file in (p for p in Path().rglob("*") if p.is_file()):
+        if file.suffix in (".pt", ".pth"):
+            assert file.name in ("optimizer.pt", "scheduler.pt", "rng_state.pth") and zipfile.is_zipfile(file)
+            with torch.serialization.safe_globals([]):
+                if file.name != "rng_state.pth":  # numpy's state needs the Trainer's list of safe names
+                    torch.load(file, weights_only=True)
+        else:
+            assert (
+                file.suffix in (".json", ".jsonl", ".safetensors", ".lock", ".jinja", "")
+                and file.read_bytes()[:2] != b"\x80\x04"
+            )
+
+
+def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go, tmp_path, data_dir, model_dir):  # noqa: F811
+    """The tree of the program, the model, the data and the working directory stay as they are."""
+    places = [p for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".md")] + [Path(data_dir), Path(model_dir)]
+    snapshot = lambda: {  # noqa: E731
+        p: p.stat().st_mtime_ns for place in places for p in ([place] if place.is_file() else place.rglob("*"))
+    }
+    before = snapshot()
+    go(f"{BOOST} --predictions rows.jsonl --save_merged")
+    assert snapshot() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "result.json", "rows.jsonl"}
+
+
+# ---- determinism ----
+
+
+def test_one_thread_and_two_agree_to_rounding(model_dir, data_dir, tmp_path):
+    losses = []
+    for threads in ("1", "2", "2"):
+        command = [sys.executable, str(ROOT / "run.py"), "--model_name", str(model_dir), "--data_dir", str(data_dir)]
+        command += f"{BOOST} --num_train 16 --train_as_classification --result_file r.json --overwrite".split()
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+        losses.append((json.loads((tmp_path / "r.json").read_text())["loss"], adapter_bytes(tmp_path / "out")))
+    assert losses[1] == losses[2] and losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
+
+
+# ---- SIGKILL ----
+
+
+@pytest.mark.parametrize("mode", ["xgblora", "adaptive", "adamw", "full", "regular"])
+def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
+    """The short version of bench/crash.py, in a process of its own because it forks."""
+    script = (
+        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']; import crash\n"
+        "print(crash.torture(sys.argv[4:], Path(sys.argv[3]), 3, int(sys.argv[2])))"
+    )
+    argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
+    argv += " --eval_strategy steps --eval_steps 6 --train_as_classification --save_model --disable_tqdm True"
+    words = [*argv.split(), *crash_modes()[mode].split()]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), "1", str(tmp_path), *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "'same': True" in done.stdout.splitlines()[-1]
+
+
+def crash_modes() -> dict[str, str]:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("crash", ROOT / "bench" / "crash.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MODES
