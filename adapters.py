@@ -130,7 +130,7 @@ def load(directory, shapes: dict[str, tuple[int, int]], chain: bool) -> Saved:
         one = {name: Booster(A, B, scaling) for name, (A, B) in factors.items()}
         return Saved([one, {}], [1.0], 1) if chain else Saved([one])
     tensors, metadata = read_tensors(directory / CHAIN)
-    about = json.loads(metadata["chain"])
+    about = chain_of(metadata, directory / CHAIN)
     layers = about.get("layers") or [None] * len(about["ranks"])
     active = [[n for n in shapes if own is None or layer_number(n) in own] for own in layers]
     totals = dict.fromkeys(shapes, 0)
@@ -148,6 +148,28 @@ def load(directory, shapes: dict[str, tuple[int, int]], chain: bool) -> Saved:
             rounds[-1][name] = Booster(A[start:end].clone(), B[:, start:end].clone(), scaling)
     merged = len(rounds) - 1
     return Saved(rounds, about.get("lengths", [1.0] * merged), about.get("round", merged))
+
+
+def chain_of(metadata: dict[str, str], path: Path) -> dict:
+    """What a chain says of its rounds; raises UsageError where that makes no sense."""
+
+    def numbers(values, n=None, kind=(int, float)) -> bool:
+        fit = isinstance(values, list) and (n is None or len(values) == n)
+        return fit and all(type(v) in kind and math.isfinite(v) for v in values)
+
+    try:
+        about = json.loads(metadata["chain"])
+        ranks, n = about["ranks"], len(about["ranks"])
+        whole = n and numbers(ranks, kind=(int,)) and min(ranks) > 0 and numbers(about["scalings"], n)
+        whole = whole and numbers(about.get("lengths", [1.0] * (n - 1)), n - 1)
+        layers = about.get("layers", [[0]] * n)
+        whole = whole and len(layers) == n and all(numbers(own, kind=(int,)) and own for own in layers)
+        whole = whole and type(about.get("round", 0)) is int and about.get("round", 0) >= 0
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path}: its account of the rounds is damaged")
+    return about
 
 
 def fitting(tensors, name_a: str, name_b: str, ranks, shapes, directory) -> dict[str, tuple[Tensor, Tensor]]:
@@ -188,8 +210,11 @@ def adapter_config(directory) -> dict:
         kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT LoRA adapter") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not the configuration of a LoRA adapter ({error!r})") from error
+    numbers = [config["r"], config["lora_alpha"]]
+    if not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) or type(config["r"]) is not int:
+        raise UsageError(f"{path}: r {numbers[0]!r} and lora_alpha {numbers[1]!r} are no rank and alpha")
     plain = {"use_dora": False, "modules_to_save": None, "bias": "none"}
     if not has_chain(directory):  # a chain knows the rank of each of its rounds
         plain |= {"rank_pattern": {}, "alpha_pattern": {}}

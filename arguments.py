@@ -267,11 +267,14 @@ class OurArguments(TrainingArguments):
                 raise UsageError(f"--{name} is {getattr(self, name)}, but must be below 2**32")
         at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
         at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
+        at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
+        at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
         at_least |= {"xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
         at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
         for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"--{name} is {getattr(self, name)}, but must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise UsageError(f"--{name} is {value}, but must be at least {least}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top_p is {self.top_p}, but must be above 0 and at most 1")
         for name in ("zo_eps", "lora_alpha", "temperature"):

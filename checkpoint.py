@@ -46,9 +46,13 @@ def ends(path: Path, size: int = 1 << 20) -> list:
 def refuse_unwritable(path: Path, flag: str) -> None:
     """Raise UsageError where a file could not be written, before hours go into what it is to hold."""
     path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise UsageError(f"{flag} {path} can't be written")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "it is a directory" if path.is_dir() else ""
+    except OSError as error:
+        reason = error.strerror
+    if reason or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{flag} {path} can't be written" + (f": {reason}" if reason else ""))
 
 
 def fingerprint(value) -> str:
@@ -103,7 +107,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest can't be read ({error})"
     return None
 

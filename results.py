@@ -15,6 +15,7 @@ from utils import peak_memory_mb
 
 METRICS = ("accuracy", "macro_f1", "f1", "em", "perplexity", "loss")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+SHOWN = ("task_name", "model_name", "trainer", "xgblora", "lora")  # arguments that a table needs
 SEEDS = ("seed", "data_seed", "train_set_seed", "output_dir", "result_file", "predictions")
 
 
@@ -54,16 +55,25 @@ def write(path: Path, args, sets: list[dict]) -> dict:
     return result
 
 
+def read(path: Path) -> dict | None:
+    """A result file, or None where a file is none, such as predictions, one JSON a line."""
+    try:
+        result = json.loads(path.read_text())
+        numbers = [result[name] for name in METRICS if name in result]
+        whole = {*SHOWN} <= result["args"].keys() and isinstance(result["sets"], list)
+        texts = all(isinstance(result["args"][name], str) for name in ("model_name", "task_name", "trainer"))
+        return result if whole and texts and all(isinstance(n, int | float) for n in numbers) else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def table(directory: Path) -> list[str]:
     """Lines of a table: one row for all result files in a directory whose arguments differ in nothing but the seed."""
     rows: dict[str, list[dict]] = {}
     for path in sorted(directory.glob("*.json")):
-        try:
-            result = json.loads(path.read_text())
-        except ValueError:  # predictions, one JSON a line
-            continue
+        result = read(path)
         # the file of several sets holds nothing that the files of the sets don't
-        if isinstance(result, dict) and len(result.get("sets", ())) == 1:
+        if result and len(result["sets"]) == 1:
             kept = {name: value for name, value in result["args"].items() if name not in SEEDS}
             rows.setdefault(json.dumps(kept, sort_keys=True), []).append(result)
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]

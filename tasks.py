@@ -314,7 +314,7 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, row {number}: not JSON ({error})") from error
         if "\\ud" in line and not writable(row):
             raise UsageError(f"{path}, row {number}: half of a surrogate pair, such as \\ud83d alone, is no text")

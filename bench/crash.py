@@ -1,11 +1,12 @@
 """Kill a real run again and again, and compare its end with that of a run that nothing happened to.
 
-    python bench/crash.py --tokenizer DIR --data_dir DIR              # a small random OPT on SST2, every mode, 20 kills each
-    python bench/crash.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --modes xgblora --kills 20
+    python bench/crash.py --tokenizer DIR --data_dir DIR      # a small random OPT on SST2, every mode, 20 kills each
+    python bench/crash.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --modes xgblora
 
-Saves every 5 steps, merges every 15, evaluates every 10. SIGKILL comes at a random moment, or inside a checkpoint write,
-a merge or an evaluation, drawn by seed; then the same command runs again. Compared are the bytes of the adapter (of the
-model) and the result file but for times and memory. Attempts are forks of this process, which saves their imports.
+60 steps that save every 5, merge every 15 and evaluate every 10. SIGKILL comes at a random moment, or inside a
+checkpoint write, a merge or an evaluation, drawn by seed; then the same command runs again. Compared are the bytes of
+the adapter (of the model) and the result file but for times and memory. Attempts are forks of this process, which saves
+their imports.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def small_opt(tokenizer: str, path: Path) -> Path:
 
 
 def die_at(owner, name: str, nth: int) -> None:
-    """SIGKILL this process in the n-th call of a function, after half of what it does: the call itself is made."""
+    """SIGKILL this process in the n-th call of a function: its work is done, and its caller does not know yet."""
     original, calls = getattr(owner, name), [0]
 
     def wrapped(*args, **kwargs):
@@ -151,16 +152,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             model = args.model_name or str(small_opt(args.tokenizer, Path(folder) / "model"))
             argv = ["--model_name", str(Path(model).resolve()), "--data_dir", str(Path(args.data_dir).resolve())]
-            argv += f"--task_name {args.task_name} --num_train 64 --num_dev 16 --num_eval 32 --max_steps 60".split()
-            argv += f"--save_steps 5 --save_total_limit 3 --eval_strategy steps --eval_steps 10 {MODES[mode]}".split()
-            argv += [
-                "--train_as_classification",
-                "--save_model",
-                "--disable_tqdm",
-                "True",
-                "--per_device_train_batch_size",
-                "4",
-            ]
+            flags = (
+                f"--task_name {args.task_name} --num_train 64 --num_dev 16 --num_eval 32 --max_steps 60 {MODES[mode]}"
+            )
+            flags += " --save_steps 5 --save_total_limit 3 --eval_strategy steps --eval_steps 10 --save_model"
+            argv += f"{flags} --train_as_classification --per_device_train_batch_size 4 --disable_tqdm True".split()
             start = time.monotonic()
             found = torture(argv, Path(folder), args.kills, args.seed)
             seconds = time.monotonic() - start

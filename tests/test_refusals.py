@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import shared, tiny_model, tiny_tokenizer, write_rows
 
 import run
+from lora import LoRA
 from utils import UsageError
 
 ROOT = Path(run.__file__).parent
@@ -192,3 +194,196 @@ def test_mezo_sh_refuses_modes_that_are_not_there(mode):
         ["bash", str(ROOT / "mezo.sh")], env={**os.environ, "MODE": mode}, capture_output=True, text=True
     )
     assert done.returncode == 2 and mode in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ---- files ----
+
+
+def broken_row_17(path):
+    write_rows(path, GOOD * 5)
+    lines = path.read_text().splitlines()
+    lines[16] = lines[16][:-4]
+    path.write_text("\n".join(lines))
+
+
+def loop_of_links(path):
+    path.symlink_to(path)
+
+
+def written(text):
+    return lambda path: path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+FILES = {
+    "empty": (written(""), "no rows"),
+    "white space": (written(" \n\n"), "no rows"),
+    "row 17 is broken": (broken_row_17, "row 17"),
+    "UTF-16": (written('{"sentence": "x", "label": 1}'.encode("utf-16")), "UTF-8"),
+    "binary": (written(bytes(range(128, 256))), "UTF-8"),
+    "a directory": (lambda path: path.mkdir(), "directory"),
+    "a loop of links": (loop_of_links, "symbolic links"),
+    "a dead link": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "a column of the wrong type": (written('{"sentence": ["x"], "label": 1}'), "sentence is a list"),
+    "a null": (written('{"sentence": null, "label": 1}'), "sentence is a NoneType"),
+    "a label that is true": (written('{"sentence": "x", "label": true}'), "label is True"),
+    "a label that is a fraction": (written('{"sentence": "x", "label": 1.0}'), "label is 1.0"),
+    "a label of NaN": (written('{"sentence": "x", "label": NaN}'), "label is nan"),
+    "a negative label": (written('{"sentence": "x", "label": -1}'), "label is -1"),
+    "half an emoji": (written('{"sentence": "\\ud83d", "label": 1}'), "surrogate"),
+    "a line of 10 MB that ends nowhere": (written('{"sentence": "' + "x" * 10**7), "row 1"),
+    "nested ten thousand times": (written('{"sentence": ' + "[" * 10000), "row 1"),
+    "a number of ten thousand digits": (written('{"sentence": "x", "label": ' + "1" * 10000 + "}"), "row 1"),
+    "two objects in a row": (written('{"sentence": "x", "label": 1} {}'), "row 1"),
+    "commas between rows": (written('{"sentence": "x", "label": 1},'), "row 1"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(refused, name, tmp_path):
+    make, words = FILES[name]
+    write_rows(tmp_path / "SST2" / "validation.jsonl", GOOD)
+    make(tmp_path / "SST2" / "train.jsonl")
+    refused(f"--data_dir {tmp_path} --model_name no/such_model", "train.jsonl", words)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(refused, tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "SST2" / f"{split}.jsonl", GOOD)
+    (tmp_path / "SST2" / "train.jsonl").chmod(0)
+    refused(f"--data_dir {tmp_path}", "train.jsonl", "Permission")
+
+
+@pytest.mark.parametrize("text", ["\ufeff{}\n{}", "{}\r\n{}\r\n", "{}\n\n{}", "{}\n{}"])
+def test_a_bom_and_windows_lines_are_no_harm(tmp_path, text):
+    rows = [json.dumps({"sentence": s, "label": y}) for s, y in GOOD[:2]]
+    for split in ("train", "validation"):
+        (tmp_path / "SST2").mkdir(exist_ok=True)
+        (tmp_path / "SST2" / f"{split}.jsonl").write_bytes(text.format(*rows).encode())
+    assert len(run.get_task("SST2", tmp_path).samples["train"]) == 2
+
+
+def test_rows_of_one_class_teach_nothing(refused, tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "SST2" / f"{split}.jsonl", [("fine", 1), ("good", 1)])
+    flags = "--trainer zo --lora --max_steps 1 --train_as_classification"
+    refused(f"--data_dir {tmp_path} {flags}", "all 2 training rows", "one label")
+
+
+# ---- tasks of one's own ----
+
+OWN_ROW = {"text": "x", "label": "a", "options": ["b", "c"], "answer": 0, "reply": "y"}
+LABELS = """--template '{text}' --label_column label --label_words '{"a": "one", "b": "two"}'"""
+CHOICE = "--template '{text}' --candidates_column options --answer_index_column answer"
+OWN = {
+    "no template": ({}, "--label_column label", "--template"),
+    "a column that is not there": ({}, LABELS.replace("{text}", "{nothing}"), "'nothing'"),
+    "an attribute": ({}, LABELS.replace("{text}", "{text.__class__}"), "text.__class__"),
+    "an index": ({}, LABELS.replace("{text}", "{options[0]}"), "options[0]"),
+    "a conversion": ({}, LABELS.replace("{text}", "{text!r}"), "nothing else"),
+    "a format": ({}, LABELS.replace("{text}", "{text:>99999999}"), "nothing else"),
+    "an open brace": ({}, LABELS.replace("{text}", "{text"), "--template"),
+    "no column at all": ({}, LABELS.replace("{text}", "text"), "no {column}"),
+    "label words that are no JSON": ({}, LABELS.replace('"two"}', ""), "--label_words"),
+    "one label word": ({}, LABELS.replace(', "b": "two"', ""), "--label_words"),
+    "the same word twice": ({}, LABELS.replace("two", "one"), "different words"),
+    "an empty label word": ({}, LABELS.replace("two", " "), "--label_words"),
+    "an unknown label": ({"label": "z"}, LABELS, "'z'"),
+    "candidates that are a text": ({"options": "bc"}, CHOICE, "options"),
+    "no candidates": ({"options": []}, CHOICE, "options"),
+    "an empty candidate": ({"options": ["b", ""]}, CHOICE, "options"),
+    "a candidate twice": ({"options": ["b", "b"]}, CHOICE, "'b' stands there twice"),
+    "an index beyond": ({"answer": 2}, CHOICE, "beyond the 2 candidates"),
+    "an index that is true": ({"answer": True}, CHOICE, "answer"),
+    "answers that are a number": ({"reply": 5}, "--template '{text}' --answer_column reply", "reply"),
+    "two ways at once": ({}, f"{LABELS} --answer_column reply", "one of"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_tasks(name, tmp_path, model_dir, capsys):
+    changed, flags, words = OWN[name]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({**OWN_ROW, **changed}) + "\n")
+    argv = ["--model_name", str(model_dir), "--task_name", "own", "--data_dir", str(tmp_path), *shlex.split(flags)]
+    assert run.main(argv) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("run.py: error: ") and words in said
+
+
+# ---- models and adapters ----
+
+
+def test_a_tokenizer_of_another_model(refused, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "vocab_size": 90}))
+    refused(f"--model_name {tmp_path / 'm'}", "90 tokens", "of another model")
+
+
+def test_a_model_of_which_only_the_configuration_is_there(refused, tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    refused(f"--model_name {tmp_path / 'm'}", "can't be read")
+
+
+def test_weights_that_are_cut_off(refused, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(f"--model_name {tmp_path / 'm'}", "can't be read")
+
+
+def test_adapters_that_do_not_fit(refused, tmp_path):
+    for name, (family, more) in {"base": ("gpt2", {}), "rank": ("llama", {})}.items():
+        LoRA(tiny_model(family), 2, 16, **more).save_pretrained(tmp_path / name)
+    refused(f"--adapter {tmp_path / 'base'}", "Linear layers")
+    refused(f"--adapter {tmp_path / 'rank'} --trainer zo --lora --lora_r 4 --max_steps 1", "rank 2", "rank 4")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    refused(f"--adapter {tmp_path / 'bert'}", "adapter_config.json")
+
+
+MORE_FLAGS = {
+    "--num_train -1": ("--num_train", "-1"),
+    "--num_train_sets 0": ("--num_train_sets",),
+    "--max_new_tokens 0": ("--max_new_tokens",),
+    "--temperature 0": ("--temperature",),
+    "--temperature nan": ("--temperature",),
+    "--top_p 1.5": ("--top_p",),
+    "--top_p nan": ("--top_p",),
+    "--num_beams 0": ("--num_beams",),
+    "--seed -1": ("--seed",),
+    "--seed 99999999999": ("--seed", "2**32"),
+    "--trainer zo --zo_eps nan": ("--zo_eps",),
+    "--trainer zo --zo_eps -1e-3": ("--zo_eps",),
+    "--trainer zo --learning_rate nan": ("--learning_rate",),
+    "--trainer zo --learning_rate inf": ("--learning_rate",),
+    "--trainer zo --lora --lora_alpha inf": ("--lora_alpha",),
+    "--trainer zo --lora --lora_alpha 0": ("--lora_alpha",),
+    "--trainer zo --zo_queries 0": ("--zo_queries",),
+    "--trainer zo --zo_method nothing": ("--zo_method", "mezo"),
+    "--trainer zo --zo_method none.py:X": ("--zo_method",),
+    "--trainer zo --zo_distribution cauchy": ("--zo_distribution", "cauchy"),
+    "--trainer zo --zo_optim adamw": ("--zo_optim adamw", "--lora"),
+    "--metric bleu": ("--metric bleu", "accuracy"),
+    "--sfc --icl_sfc": ("--sfc", "--icl_sfc"),
+    "--boosters 3": ("--boosters", "--adapter"),
+    "--replay x.safetensors": ("--replay", "--trainer zo"),
+    "--trainer zo --lora --replay no.safetensors": ("no.safetensors",),
+    "--result_file /proc/no/result.json": ("--result_file", "can't be written"),
+    "--predictions .": ("--predictions", "can't be written"),
+    "--trainer zo --max_steps 1 --per_device_train_batch_size 0": ("batch",),
+    "--trainer zo --max_steps 1 --gradient_accumulation_steps 0": ("gradient_accumulation_steps",),
+    "--trainer zo --max_grad_norm -1": ("--max_grad_norm",),
+    "--trainer zo --max_grad_norm nan": ("--max_grad_norm",),
+    "--trainer zo --weight_decay nan": ("--weight_decay",),
+    "--trainer regular --lr_scheduler_type wrong": ("wrong",),
+}
+
+
+@pytest.mark.parametrize("flags", MORE_FLAGS)
+def test_more_flags(refused, flags):
+    refused(flags, *MORE_FLAGS[flags])

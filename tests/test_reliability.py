@@ -420,10 +420,9 @@ def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
     argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
     argv += " --eval_strategy steps --eval_steps 6 --train_as_classification --save_model --disable_tqdm True"
     words = [*argv.split(), *crash_modes()[mode].split()]
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT), "1", str(tmp_path), *words], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-c", script, str(ROOT), "1", str(tmp_path), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-1500:]
     assert "'same': True" in done.stdout.splitlines()[-1]
 
@@ -435,3 +434,15 @@ def crash_modes() -> dict[str, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.MODES
+
+
+def test_mutated_bytes_are_refused_or_work():
+    """The short version of bench/fuzz.py."""
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']; import checkpoint, fuzz\n"
+        "checkpoint.logger.disabled = True\n"
+        "counts, findings = fuzz.fuzz(1500, 7, progress=False)\n"
+        "print(sum(counts.values()), *findings)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "1500", done.stdout[-2000:] + done.stderr[-2000:]
