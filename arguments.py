@@ -65,6 +65,9 @@ class OurArguments(TrainingArguments):
     model_name: str = flag("facebook/opt-125m", "model", "hub name, model directory or .gguf file")
     load_float16: bool = flag(False, "model", "load the weights in float16 (default: float32)")
     load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
+    trust_remote_code: bool = flag(
+        False, "model", "run the code that comes with a model; without it such a model is refused"
+    )
     max_length: int = flag(2048, "model", "longest prompt in tokens; longer ones are cut on the left")
     sfc: bool = flag(False, "model", "calibrated scores: minus the score of the option without the input")
     icl_sfc: bool = flag(False, "model", "as --sfc, but the demonstrations stay in front of the missing input")

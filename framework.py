@@ -59,8 +59,8 @@ class Framework:
         self.trainer: OurTrainer | None = None
         if args.adapter:
             adapters.adapter_config(args.adapter)
-        self.config = models.read_config(args.model_name)
-        self.tokenizer = models.read_tokenizer(args.model_name, self.config)
+        self.config = models.read_config(args.model_name, args.trust_remote_code)
+        self.tokenizer = models.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
         limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
         self.max_length = min(args.max_length, limit)
         self.vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
@@ -69,7 +69,7 @@ class Framework:
     def model(self):
         """The model in eval mode on its device, adapters injected."""
         args = self.args
-        model = models.read_model(args.model_name, args.dtype).to(args.device)
+        model = models.read_model(args.model_name, args.dtype, args.trust_remote_code).to(args.device)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
         self.plain = not scoring.takes_packed(model, self.max_length)

@@ -67,5 +67,5 @@ exec "$PYTHON" run.py --model_name "$MODEL" --task_name "$TASK" --tag "mezo-$MOD
     --trainer zo --seed "$SEED" --train_set_seed "$SEED" \
     --num_train "$TRAIN" --num_dev "$DEV" --num_eval "$EVAL" --per_device_train_batch_size "$BS" \
     --max_steps "$STEPS" --logging_steps 10 --eval_strategy steps --eval_steps "$EVAL_STEPS" \
-    --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 --load_best_model_at_end \
+    --save_strategy steps --save_steps "$EVAL_STEPS" --save_total_limit 1 --load_best_model_at_end --save_on_interrupt \
     "${MODE_ARGS[@]}" "$@"

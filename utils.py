@@ -19,8 +19,8 @@ class UsageError(ValueError):
     """Bad input: one line that says what is wrong and what to type instead. `run.py` prints it and exits with 2."""
 
 
-def load_tokenizer(path, model_type: str | None = None):
-    """Tokenizer of a hub name, a directory or a `.gguf` file.
+def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
+    """Tokenizer of a hub name, a directory or a `.gguf` file; its own code runs only with `trust`.
 
     `model_type="opt"` sets the BOS id to 0, as the MeZO code does: its published numbers rest on prompts that start
     with 0, not with OPT's own 2. Today's tokenizers write the BOS from a post-processor, which has to be told.
@@ -29,7 +29,7 @@ def load_tokenizer(path, model_type: str | None = None):
     if path.endswith(".gguf"):
         tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     if model_type == "opt":
         tokenizer.bos_token_id = 0
         tokenizer.update_post_processor()

@@ -3,8 +3,8 @@
     python bench/soak.py [--steps 20000]
 
 A real `run.py` job (XGBLoRA with zo, merges every 50 steps, a checkpoint every 500, an evaluation every 1,000) on a
-tiny random Llama and made-up rows. Every 500 steps resident memory, open files and the time of a step are taken; printed
-are slopes by least squares after the first tenth, and the sizes of what the run leaves.
+tiny random Llama and made-up rows. Every 500 steps resident memory, open files and the time of a step are taken.
+Printed are slopes by least squares after the first tenth, and the sizes of what the run leaves.
 """
 
 import argparse

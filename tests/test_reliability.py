@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model, tiny_tokenizer
 from test_run import BOOST, adapter_bytes, go  # noqa: F401 - a fixture
 
 import checkpoint
@@ -363,6 +364,32 @@ def test_a_malicious_file_in_an_adapter_never_runs(go, name, kind):  # noqa: F81
     (Path("out") / name).write_bytes(PICKLES[kind])
     go("--trainer none --num_train 0 --adapter out", status=0 if name == "adapter_model.safetensors" else 2)
     assert not Path("ran").exists()
+
+
+CODE = """
+import os
+os.system("touch ran")
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_by_flag_only(go, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own-llama", "auto_map": classes}))
+    (folder / "own.py").write_text(CODE)
+    go("--trainer none --num_train 0", model=folder, status=2)
+    assert "trust_remote_code" in capsys.readouterr().err.splitlines()[-1] and not Path("ran").exists()
+    go("--trainer none --num_train 0 --trust_remote_code", model=folder)
+    assert Path("ran").exists()
 
 
 def test_what_a_run_writes_is_tensors_and_text(go):  # noqa: F811
