@@ -78,12 +78,6 @@ class LoRALinear(nn.Module):
             y = y + (low @ B.mT).view(y.shape)
         return y.to(dtype)
 
-    @property
-    def live(self) -> Booster:
-        """The factors as they stand."""
-        A, B = (p.detach().to("cpu", copy=True) for p in (self.lora_A, self.lora_B))
-        return Booster(A, B, self.scaling)
-
     def oriented(self, delta: Tensor) -> Tensor:
         """A delta [out, in] as the weight lies."""
         return delta.T if self.fan_in_fan_out else delta
@@ -201,7 +195,14 @@ class LoRA:
 
     @property
     def live(self) -> Round:
-        return {name: module.live for name, module in self.modules.items() if module.r}
+        """The factors of this round as they stand, copied into one piece of memory: a long chain of small ones would
+        litter the heap."""
+        active = {name: module for name, module in self.modules.items() if module.r}
+        factors = [p.detach() for module in active.values() for p in (module.lora_A, module.lora_B)]
+        flat = torch.cat([p.flatten().cpu() for p in factors])
+        pieces = iter(flat.split([p.numel() for p in factors]))
+        shaped = iter([piece.view(p.shape) for piece, p in zip(pieces, factors, strict=True)])
+        return {name: Booster(next(shaped), next(shaped), module.scaling) for name, module in active.items()}
 
     def trained(self) -> bool:
         """Whether the live booster does anything (B ≠ 0)."""

@@ -53,7 +53,7 @@ def errors(rounds: int) -> None:
                 B = torch.randn(1024, 1)
                 size = float(B.norm() * module.lora_A.detach().norm()) * module.scaling
                 module.lora_B.data.copy_(B * share * float(start.float().norm()) / size)
-                booster = module.live
+                booster = lora.live["proj"]
                 one_by_one += (booster.folded @ booster.A).to(dtype)
                 in_fp32 += booster.folded @ booster.A  # what an ensemble computes with
                 chain += booster.folded.double() @ booster.A.double()
