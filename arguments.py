@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from defaults import published
+from defaults import RECIPES, published
 from lora import layer_choice
 from methods import get_method
 from tasks import TASKS, Own
@@ -122,6 +122,10 @@ class OurArguments(TrainingArguments):
     xgblora: bool = flag(False, "adapters", "boost with rank-1 adapters: train, merge, start afresh")
     xgblora_steps_per_iteration: int = flag(0, "adapters", "merge every N steps; 0 merges by epochs")
     xgblora_merge_frequency: int = flag(1, "adapters", "merge every n epochs (where steps are off)")
+    recipe: str | None = flag(
+        None, "adapters", "fast: boost B only, normalised, in the upper half of the layers, with cached activations",
+        choices=list(RECIPES),
+    )  # fmt: skip
     xgblora_ensemble: bool = flag(
         False, "adapters", "boosters stay beside the weights as one growing adapter: nothing is rounded"
     )
@@ -158,6 +162,11 @@ class OurArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name, value in RECIPES.get(self.recipe, {}).items():
+            if getattr(self, name) == type(self).__dataclass_fields__[name].default:
+                setattr(self, name, value)
+        if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
+            self.zo_cache_activations = False
         trains, zo = self.trainer != "none", self.trainer == "zo"
         self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
         self.check(trains, zo)
@@ -244,6 +253,7 @@ class OurArguments(TrainingArguments):
             "--boosters needs --adapter": self.boosters is not None and not self.adapter,
             "--lora_targets needs --lora or --xgblora": self.lora_targets is not None and not adapters,
             "--zo_check needs --trainer zo": self.zo_check and not zo,
+            "--recipe needs --trainer zo": self.recipe and not zo,
             "--replay needs the flags of its run, --trainer zo among them": self.replay and not zo,
             "--replay_steps needs --replay": self.replay_steps is not None and not self.replay,
             "--prefix_tuning is not available yet": self.prefix_tuning,

@@ -18,6 +18,14 @@ DEFAULTS = {
     ("regular", "xgblora", False, False): (1e-3, None),
 }
 
+# `--recipe NAME`: flags that take these values where they have not been given (docs/EXPERIMENTS.md says why).
+RECIPES = {
+    "fast": {
+        "xgblora": True, "xgblora_steps_per_iteration": 25, "lora_freeze_a": True, "zo_normalize": True,
+        "xgblora_layers": "top:half", "zo_cache_activations": True,
+    },
+}  # fmt: skip
+
 
 def published(trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling: float) -> tuple[float, float | None]:
     """(learning rate, eps) of the table for these choices, (0, None) where there is no training.

@@ -93,7 +93,8 @@ class LoRA:
         targets: names of layers or last parts of them; default q_proj and v_proj, else PEFT's for the model type.
         freeze_a: only B is trained, A stays the draw of its round.
         ranks: of round 0, 1, …; the last one is that of all rounds to come.
-        layers: "all", "top:N" (the N upper decoder layers) or "random:N" (N of them, drawn from (seed, round)).
+        layers: "all", "top:N" (the N upper decoder layers) or "random:N" (N of them, drawn from (seed, round)); N may
+            be "half".
         ensemble: boosters stay beside the weights, fp32, as one adapter of growing rank; nothing is rounded.
 
     `lora_modules` lists the layers; `boosters` the merged rounds, one dict {module name: Booster} each, without the
@@ -119,7 +120,8 @@ class LoRA:
             raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
         kind, n = layer_choice(layers)
         numbers = sorted({layer_number(name) for name in found} - {None})
-        if n > len(numbers):
+        n = n or (len(numbers) + 1) // 2
+        if kind != "all" and n > len(numbers):
             raise UsageError(f"layers {layers}: this model has {len(numbers)} of them")
         if kind == "top":
             found = [name for name in found if layer_number(name) in numbers[-n:]]
@@ -386,10 +388,10 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def layer_choice(text: str) -> tuple[str, int]:
-    """("all" | "top" | "random", N) of `all`, `top:N`, `random:N`; raises UsageError for anything else."""
+    """("all" | "top" | "random", N; 0 stands for half) of `all`, `top:N`, `random:N`; raises UsageError for others."""
     kind, _, number = text.partition(":")
     if text == "all":
         return "all", 0
-    if kind in ("top", "random") and number.isdecimal() and int(number) > 0:
-        return kind, int(number)
+    if kind in ("top", "random") and (number == "half" or (number.isdecimal() and int(number) > 0)):
+        return kind, 0 if number == "half" else int(number)
     raise UsageError(f"layers {text!r}: there are all, top:N and random:N")

@@ -5,6 +5,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 MODEL=${MODEL:-facebook/opt-1.3b}
 TASK=${TASK:-SST2}
+RECIPE=${RECIPE:-}  # fast: see run.py --help
+MODE=${MODE:-${RECIPE:+xgblora}}
 MODE=${MODE:-ft}
 BS=${BS:-16}
 SEED=${SEED:-0}
@@ -20,6 +22,7 @@ DEV=${DEV:-${SIZES[1]}}
 EVAL=${EVAL:-1000}
 STEPS=${STEPS:-20000}
 EVAL_STEPS=${EVAL_STEPS:-4000}
+XGBLORA_STEPS=${XGBLORA_STEPS:-${RECIPE:+25}}
 XGBLORA_STEPS=${XGBLORA_STEPS:-1000}
 DATA_DIR=${DATA_DIR:-}
 LR=${LR:-}    # empty: run.py takes the mode's value and prints it
@@ -40,6 +43,7 @@ case "$MODE" in
 esac
 [ -z "$LR" ] || MODE_ARGS+=(--learning_rate "$LR")
 [ -z "$EPS" ] || MODE_ARGS+=(--zo_eps "$EPS")
+[ -z "$RECIPE" ] || MODE_ARGS+=(--recipe "$RECIPE")
 [ -z "$DATA_DIR" ] || MODE_ARGS+=(--data_dir "$DATA_DIR")
 # Half precision is the fast one on a GPU; on a CPU run.py says which is.
 case " $* " in
@@ -60,6 +64,7 @@ echo "SEED: $SEED"
 echo "TRAIN/DEV/EVAL: $TRAIN/$DEV/$EVAL"
 echo "TRAIN/EVAL STEPS: $STEPS/$EVAL_STEPS"
 [ "$MODE" != xgblora ] || echo "XGBLORA_STEPS: $XGBLORA_STEPS"
+[ -z "$RECIPE" ] || echo "RECIPE: $RECIPE"
 echo "DATA_DIR: ${DATA_DIR:-(hub)}"
 echo "Extra args: ${MODE_ARGS[*]} $*"
 

@@ -1,9 +1,10 @@
 """`make demo`: a real model learns to judge film reviews, with forward passes only, while you watch.
 
 SmolLM2-135M on the Reviews of the starter: zero-shot, MeZO-LoRA as published (rank 8, alpha 16) and MeZO-XGBLoRA
-(rank-1 boosters, B only, normalised steps). Five steps are timed first, so that both trainings fit into six minutes
-together: a quarter for MeZO-LoRA, whose curve is flat at this scale, the rest for boosting (at equal forward passes the
-two stand in bench/RESULTS.md). Results go to result/demo/*.json, the curves to result/demo/curve.png.
+(`--recipe fast`: rank-1 boosters in the upper half of the layers, B only, normalised steps, cached activations). Five
+steps are timed first, so that both trainings fit into six minutes together: a quarter for MeZO-LoRA, whose curve is
+flat at this scale, the rest for boosting (at equal forward passes the two stand in bench/RESULTS.md). Results go to
+result/demo/*.json, the curves to result/demo/curve.png.
 """
 
 import argparse
@@ -33,7 +34,7 @@ SHARES = {"zero-shot": 0, "MeZO-LoRA": 1 / 4, "MeZO-XGBLoRA": 3 / 4}  # of the t
 METHODS = {
     "zero-shot": "--trainer none",
     "MeZO-LoRA": "--trainer zo --lora",
-    "MeZO-XGBLoRA": "--trainer zo --xgblora --lora_freeze_a --zo_normalize --xgblora_steps_per_iteration 25",
+    "MeZO-XGBLoRA": "--trainer zo --recipe fast",
 }
 
 
@@ -45,7 +46,7 @@ def framework(flags: str, seed: int) -> run.Framework:
 
 
 def time_step(seed: int) -> float:
-    """Seconds of a step: the median of five, after one to warm up."""
+    """Seconds of a step of two whole forwards: the median of five, after one to warm up."""
     made = framework(METHODS["MeZO-XGBLoRA"], seed)
     examples = made.examples(made.task.sample_subset("train", seed, 6 * BATCH))
     engine, seconds = ZerothOrder(made.model, lr=0.0, eps=1e-2), []
@@ -56,11 +57,15 @@ def time_step(seed: int) -> float:
     return median(seconds[1:])
 
 
-def fit_steps(seconds: float, step: float) -> int:
+def fit_steps(seconds: float, step: float, cached: bool) -> int:
     """Steps that fit into so many seconds, a multiple of 25. In a run of minutes a step takes up to 1.3 × what five
-    alone take; a step is two passes over BATCH rows, an evaluation one over DEV rows."""
+    alone take; a step is two passes over BATCH rows, an evaluation one over DEV rows. With cached activations a step is
+    half of that, after half a pass over TRAIN rows."""
     evaluations = EVALUATIONS * DEV / BATCH / 2
-    return max(50, int(seconds / (1.3 * step) - evaluations) // 25 * 25)
+    left = seconds / (1.3 * step) - evaluations
+    if cached:
+        left = 2 * (left - TRAIN / BATCH / 4)
+    return max(50, int(left) // 25 * 25)
 
 
 def run_method(name: str, flags: str, steps: int, seed: int) -> None:
@@ -159,7 +164,10 @@ def main() -> int:
     steps = {name: args.steps for name in METHODS}
     if not args.steps:
         step = time_step(args.seed)
-        steps = {name: fit_steps(60 * args.minutes * share, step) for name, share in SHARES.items()}
+        steps = {
+            name: fit_steps(60 * args.minutes * share, step, cached="fast" in METHODS[name])
+            for name, share in SHARES.items()
+        }
         trained = ", ".join(f"{steps[name]} for {name}" for name in list(METHODS)[1:])
         print(
             f"a step of {BATCH} rows takes {step:.2f} s here; steps that fit into {args.minutes:g} minutes: {trained}"

@@ -9,8 +9,10 @@ import torch
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 from test_trainer import framework  # noqa: F401 - a fixture
 
+import adapters
 import checkpoint
 import scoring
+from arguments import parse
 from framework import language_modelling
 from trainer import OurTrainer
 from trajectory import Trajectory
@@ -312,3 +314,17 @@ def test_what_belongs_to_boosting_needs_it(go, capsys):  # noqa: F811
         go(f"{plain} {flag}", status=2)
         assert "--xgblora" in capsys.readouterr().err.strip().splitlines()[-1]
     go(f"{plain} --xgblora_layers top:1 --zo_cache_activations")  # a LoRA may have layers of its own
+
+
+def test_a_recipe_sets_what_no_flag_has_set(go):  # noqa: F811
+    args = parse(["--trainer", "zo", "--recipe", "fast"])
+    assert (args.xgblora, args.lora_freeze_a, args.zo_normalize, args.zo_cache_activations) == (True,) * 4
+    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 5e-3)
+    flags = "--trainer zo --recipe fast --xgblora_steps_per_iteration 9 --xgblora_layers random:1"
+    args = parse(flags.split())
+    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == ("random:1", 9, False)
+    result = go("--trainer zo --recipe fast --max_steps 30 --save_model --output_dir out")["sets"][0]
+    names = adapters.adapter_config("out")["target_modules"]
+    assert result["boosters"] == 2 and all(".1." in name for name in names)  # the upper of two layers
+    go("--recipe fast", status=2)
+    go("--trainer zo --recipe slow", status=2)
