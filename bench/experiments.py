@@ -14,10 +14,12 @@ that repeats it (the dev rows are made by `run`).
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
+import utils  # noqa: E402
 from metrics import auc, best_threshold_accuracy  # noqa: E402
 
 OUT = ROOT / "bench" / "experiments"
@@ -65,6 +68,7 @@ class Arm:
         return OUT / self.task / f"{slug}-{self.steps}x{self.batch}-seed{seed}.json"
 
 
+BIAS = "bias"  # no run of run.py: see `label_bias`
 LORA = "--trainer zo --lora"
 BOOST = "--trainer zo --xgblora"
 B_ONLY = "--lora_freeze_a --zo_normalize --learning_rate {rate} --zo_eps {eps}"
@@ -84,6 +88,8 @@ def grid() -> list[Arm]:
     sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
     return [
         Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
+        Arm("start", "label bias only", BIAS, steps=0),
+        Arm("start", "16 demonstrations", "--trainer none --num_train 16 --train_set_seed {seed}", steps=0),
         Arm("base", "XGBLoRA B only normalised", base()),
         Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
         *(Arm("layers", f"upper {n} of 30", f"{base()} {upper.format(n=n)}") for n in (15, 20, 10, 6)),
@@ -136,11 +142,56 @@ def make_dev() -> None:
     (folder / "validation.jsonl").write_text("".join(lines[-DEV_ROWS:]))
 
 
+def label_bias(arm: Arm, seed: int) -> None:
+    """A number a label, added to its score and fitted on the training rows: what a shift of the label bias alone gives.
+
+    Only the difference counts; cross-entropy has its minimum where the mean probability of a label is its share.
+    """
+    import run
+
+    started, words = time.perf_counter(), arm.command.removesuffix(BIAS).split()
+    args = run.parse([*words, "--trainer", "none", "--seed", str(seed), "--disable_tqdm", "True"])
+    task = run.get_task(args.task_name, args.data_dir)
+    made, margins, golds = run.Framework(args, task), [], []
+    for samples in (task.sample_subset("train", seed, 1000), task.sample_subset("validation", 0, 10**9)):
+        margins.append([b - a for a, b in made.scores(made.rows(samples), progress=False)])
+        golds.append([sample.correct_candidate for sample in samples])
+    low, high = -20.0, 20.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        above = fmean(1 / (1 + math.exp(-m - middle)) for m in margins[0]) > fmean(golds[0])
+        low, high = (low, middle) if above else (middle, high)
+    shifted = [m + low for m in margins[1]]
+    losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted, golds[1], strict=True)]
+    write(arm, seed, f"python bench/experiments.py run --only '{arm.name}'", {
+        "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted, golds[1], strict=True)), "loss": fmean(losses),
+        "auc": auc(shifted, golds[1]), "best_threshold": best_threshold_accuracy(shifted, golds[1]),
+        "forward_passes": 0, "seconds": round(time.perf_counter() - started, 1), "boosters": 0,
+        "peak_memory_mb": round(utils.peak_memory_mb()),
+    })  # fmt: skip
+
+
+def write(arm: Arm, seed: int, command: str, found: dict) -> None:
+    about = {
+        "arm": arm.name,
+        "group": arm.group,
+        "task": arm.task,
+        "seed": seed,
+        "steps": arm.steps,
+        "batch": arm.batch,
+    }
+    path = arm.path(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "command": command, **found}, indent=1, ensure_ascii=False) + "\n")
+
+
 def run_one(job: tuple[Arm, int]) -> None:
     arm, seed = job
-    path, name = arm.path(seed), f"{arm.path(seed).parent.name}-{arm.path(seed).stem}"
+    if arm.flags == BIAS:
+        return label_bias(arm, seed)
+    name = f"{arm.task}-{arm.path(seed).stem}"
     result, predictions = WORK / f"{name}.json", WORK / f"{name}.jsonl"
-    command = f"{arm.command} --seed {seed}"
+    command = f"{arm.command} --seed {seed}".replace("{seed}", str(seed))
     more = (
         f"--result_file {result} --predictions {predictions} --output_dir {WORK / name} --overwrite --disable_tqdm True"
     )
@@ -150,20 +201,17 @@ def run_one(job: tuple[Arm, int]) -> None:
         ended = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     if ended.returncode:
         tqdm.write(f"failed: {name}, see {WORK / name}.log")
-        return
+        return None
     found = json.loads(result.read_text())
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     margins, golds = [r["scores"][1] - r["scores"][0] for r in rows], [r["gold"] for r in rows]
     one = found["sets"][0]
-    kept = {
-        "arm": arm.name, "group": arm.group, "task": arm.task, "seed": seed, "steps": arm.steps, "batch": arm.batch,
-        "command": f"python run.py {command}", "accuracy": found["accuracy"], "loss": found["loss"],
-        "auc": auc(margins, golds), "best_threshold": best_threshold_accuracy(margins, golds),
-        "forward_passes": found["forward_passes"], "seconds": one["train_seconds"],
-        "peak_memory_mb": found["peak_memory_mb"], "boosters": one.get("boosters", 0),
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write(arm, seed, f"python run.py {command}", {
+        "accuracy": found["accuracy"], "loss": found["loss"], "auc": auc(margins, golds),
+        "best_threshold": best_threshold_accuracy(margins, golds), "forward_passes": found["forward_passes"],
+        "seconds": one["train_seconds"], "peak_memory_mb": found["peak_memory_mb"],
+        "boosters": one.get("boosters", 0),
+    })  # fmt: skip
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:

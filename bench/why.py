@@ -4,8 +4,8 @@
 
 A step θ ← θ − η g z on a batch b, g = zᵀ∇L_b, changes the loss by −η ‖∇L‖² + η²/2 · E g² · tr H on average, to second
 order. So the best rate is η* = ‖∇L‖² / (E g² · tr H), and the best step lowers the loss by ‖∇L‖⁴ / (2 · E g² · tr H).
-E g² = E ‖∇L_b‖² over batches of 8 rows, by back-propagation; tr H = E (ℓ₊ + ℓ₋ − 2ℓ₀) / ε² over 8 directions; both on 32
-rows of Reviews. SmolLM2-135M of the starter in float32. η* · √(E g²) is the rate of normalised steps.
+E g² = E ‖∇L_b‖² over batches of 8 rows, by back-propagation; tr H = E (ℓ₊ + ℓ₋ − 2ℓ₀) / ε² over 8 directions; both on
+32 rows of Reviews. SmolLM2-135M of the starter in float32. η* · √(E g²) is the rate of normalised steps.
 """
 
 import argparse
