@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from defaults import RECIPES, published
 from lora import layer_choice
 from methods import get_method
+from metrics import LOWER
 from tasks import TASKS, Own
 from utils import UsageError, cpu_has_bf16
 
@@ -133,7 +134,9 @@ class OurArguments(TrainingArguments):
         None, "adapters", "rank of each round, the last one for all to come: 1,1,2,4 (default: 1)"
     )
     xgblora_layers: str = flag(
-        "all", "adapters", "adapt all decoder layers, the upper ones (top:N), or N drawn anew each round (random:N)"
+        "all",
+        "adapters",
+        "adapt all decoder layers, the upper ones (top:N, top:half), or N drawn anew each round (random:N)",
     )
     xgblora_adaptive: bool = flag(
         False, "adapters", "line search of each booster's step length on the dev rows' loss; a stalled round ends early"
@@ -321,7 +324,7 @@ class OurArguments(TrainingArguments):
     def choose_best_by(self, metric: str) -> None:
         """Take the task's metric to choose the best checkpoint by, where no flag says otherwise."""
         if self.best_by_task:
-            self.metric_for_best_model, self.greater_is_better = metric, metric not in ("loss", "perplexity")
+            self.metric_for_best_model, self.greater_is_better = metric, metric not in LOWER
 
     @property
     def own(self) -> Own:

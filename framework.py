@@ -211,7 +211,8 @@ class Framework:
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        examples, dev_examples = (self.learned(samples) for samples in (train_samples, dev_rows.samples))
+        examples = self.learned(train_samples)
+        dev_examples = self.learned(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]
             if len({str(sample.correct_candidate) for sample in every}) == 1:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
+LOWER = ("loss", "perplexity")  # metrics of which less is better
+
 
 def accuracy(predictions: Sequence, golds: Sequence) -> float:
     """Share of predictions that are the gold candidate, or one of them where a gold is a list."""

@@ -1,5 +1,5 @@
 """What a `--model_name` stands for: a hub name, a model directory or a `.gguf` file. Whatever the libraries raise about
-a a bad or unreachable one becomes one line. Code that comes with a model runs only where `trust` says so.
+a bad or unreachable one becomes one line. Code that comes with a model runs only where `trust` says so.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def reading(name: str, read):
 def read_config(name: str, trust: bool = False):
     """The configuration, or None of a `.gguf` file; raises UsageError where it is not a causal language model's."""
     if name.endswith(".gguf"):
-        return reading(name, lambda: None)
+        return None
     config = reading(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust))
     known = config.architectures or []
     if known and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in known):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-LOWER = ("loss", "perplexity")  # metrics of which less is better
+from metrics import LOWER
 
 
 def stages(lora, evaluate: Callable[[], dict], every: int = 1, progress: bool = True) -> list[dict]:

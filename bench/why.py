@@ -58,9 +58,7 @@ def measure(made, examples, eps: float, seed: int) -> dict:
 
     engine = ZerothOrder([{"params": params}], 1e-9, eps, seed=seed, master=True)
     points = [(0, 0.0), *((q, s) for q in range(DIRECTIONS) for s in (1.0, -1.0))]
-    engine.method.queries = DIRECTIONS
     losses = engine.losses_at(points, loss)
-    engine.slots[0].z.clear()
     curvature = [losses[1 + 2 * q] + losses[2 + 2 * q] - 2 * losses[0] for q in range(DIRECTIONS)]
     trace = fmean(curvature) / eps**2
     square = sum(squares)

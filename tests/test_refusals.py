@@ -74,6 +74,40 @@ FLAGS = {
     "--model_name no/such_model": ("no/such_model", "make starter"),
     "--data_dir no/such/place": ("no/such/place", "train.jsonl"),
     "--trainer zo --eval_strategy steps --num_dev 4 --load_best_model_at_end --save_strategy no": ("best",),
+    "--num_train -1": ("--num_train", "-1"),
+    "--num_train_sets 0": ("--num_train_sets",),
+    "--max_new_tokens 0": ("--max_new_tokens",),
+    "--temperature 0": ("--temperature",),
+    "--temperature nan": ("--temperature",),
+    "--top_p 1.5": ("--top_p",),
+    "--top_p nan": ("--top_p",),
+    "--num_beams 0": ("--num_beams",),
+    "--seed -1": ("--seed",),
+    "--seed 99999999999": ("--seed", "2**32"),
+    "--trainer zo --zo_eps nan": ("--zo_eps",),
+    "--trainer zo --zo_eps -1e-3": ("--zo_eps",),
+    "--trainer zo --learning_rate nan": ("--learning_rate",),
+    "--trainer zo --learning_rate inf": ("--learning_rate",),
+    "--trainer zo --lora --lora_alpha inf": ("--lora_alpha",),
+    "--trainer zo --lora --lora_alpha 0": ("--lora_alpha",),
+    "--trainer zo --zo_queries 0": ("--zo_queries",),
+    "--trainer zo --zo_method nothing": ("--zo_method", "mezo"),
+    "--trainer zo --zo_method none.py:X": ("--zo_method",),
+    "--trainer zo --zo_distribution cauchy": ("--zo_distribution", "cauchy"),
+    "--trainer zo --zo_optim adamw": ("--zo_optim adamw", "--lora"),
+    "--metric bleu": ("--metric bleu", "accuracy"),
+    "--sfc --icl_sfc": ("--sfc", "--icl_sfc"),
+    "--boosters 3": ("--boosters", "--adapter"),
+    "--replay x.safetensors": ("--replay", "--trainer zo"),
+    "--trainer zo --lora --replay no.safetensors": ("no.safetensors",),
+    "--result_file /proc/no/result.json": ("--result_file", "can't be written"),
+    "--predictions .": ("--predictions", "can't be written"),
+    "--trainer zo --max_steps 1 --per_device_train_batch_size 0": ("batch",),
+    "--trainer zo --max_steps 1 --gradient_accumulation_steps 0": ("gradient_accumulation_steps",),
+    "--trainer zo --max_grad_norm -1": ("--max_grad_norm",),
+    "--trainer zo --max_grad_norm nan": ("--max_grad_norm",),
+    "--trainer zo --weight_decay nan": ("--weight_decay",),
+    "--trainer regular --lr_scheduler_type wrong": ("wrong",),
 }
 
 
@@ -344,46 +378,3 @@ def test_adapters_that_do_not_fit(refused, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
     refused(f"--adapter {tmp_path / 'bert'}", "adapter_config.json")
-
-
-MORE_FLAGS = {
-    "--num_train -1": ("--num_train", "-1"),
-    "--num_train_sets 0": ("--num_train_sets",),
-    "--max_new_tokens 0": ("--max_new_tokens",),
-    "--temperature 0": ("--temperature",),
-    "--temperature nan": ("--temperature",),
-    "--top_p 1.5": ("--top_p",),
-    "--top_p nan": ("--top_p",),
-    "--num_beams 0": ("--num_beams",),
-    "--seed -1": ("--seed",),
-    "--seed 99999999999": ("--seed", "2**32"),
-    "--trainer zo --zo_eps nan": ("--zo_eps",),
-    "--trainer zo --zo_eps -1e-3": ("--zo_eps",),
-    "--trainer zo --learning_rate nan": ("--learning_rate",),
-    "--trainer zo --learning_rate inf": ("--learning_rate",),
-    "--trainer zo --lora --lora_alpha inf": ("--lora_alpha",),
-    "--trainer zo --lora --lora_alpha 0": ("--lora_alpha",),
-    "--trainer zo --zo_queries 0": ("--zo_queries",),
-    "--trainer zo --zo_method nothing": ("--zo_method", "mezo"),
-    "--trainer zo --zo_method none.py:X": ("--zo_method",),
-    "--trainer zo --zo_distribution cauchy": ("--zo_distribution", "cauchy"),
-    "--trainer zo --zo_optim adamw": ("--zo_optim adamw", "--lora"),
-    "--metric bleu": ("--metric bleu", "accuracy"),
-    "--sfc --icl_sfc": ("--sfc", "--icl_sfc"),
-    "--boosters 3": ("--boosters", "--adapter"),
-    "--replay x.safetensors": ("--replay", "--trainer zo"),
-    "--trainer zo --lora --replay no.safetensors": ("no.safetensors",),
-    "--result_file /proc/no/result.json": ("--result_file", "can't be written"),
-    "--predictions .": ("--predictions", "can't be written"),
-    "--trainer zo --max_steps 1 --per_device_train_batch_size 0": ("batch",),
-    "--trainer zo --max_steps 1 --gradient_accumulation_steps 0": ("gradient_accumulation_steps",),
-    "--trainer zo --max_grad_norm -1": ("--max_grad_norm",),
-    "--trainer zo --max_grad_norm nan": ("--max_grad_norm",),
-    "--trainer zo --weight_decay nan": ("--weight_decay",),
-    "--trainer regular --lr_scheduler_type wrong": ("wrong",),
-}
-
-
-@pytest.mark.parametrize("flags", MORE_FLAGS)
-def test_more_flags(refused, flags):
-    refused(flags, *MORE_FLAGS[flags])

@@ -191,7 +191,7 @@ sys.path.insert(0, {root!r})
 import run
 from trainer import OurTrainer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-step, soft = OurTrainer.training_step, {soft}
+step = OurTrainer.training_step
 
 def starving(self, *args):
     at = self.state.global_step + 1
@@ -206,7 +206,7 @@ sys.exit(run.main(sys.argv[1:]))
 
 def starved(go_flags, model_dir, data_dir, changes) -> subprocess.CompletedProcess:
     """A run in which no file may grow beyond so many bytes from a step on: {step: bytes, or -1 for any}."""
-    script = STARVED.format(root=str(ROOT), soft=0, changes=changes)
+    script = STARVED.format(root=str(ROOT), changes=changes)
     common = f"--model_name {model_dir} --data_dir {data_dir} --result_file result.json --disable_tqdm True"
     command = [sys.executable, "-c", script, *f"{common} --train_as_classification --num_train 16 {go_flags}".split()]
     return subprocess.run(command, capture_output=True, text=True, check=False)
