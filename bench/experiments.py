@@ -55,7 +55,8 @@ class Arm:
 
     @property
     def command(self) -> str:
-        where = ("result/experiments/dev", "Reviews") if self.task == "dev" else ("starter", self.task)
+        places = {"dev": ("result/experiments/dev", "Reviews"), "SST2": ("$DATA_DIR", "SST2")}
+        where = places.get(self.task, ("starter", self.task))
         words = f"--model_name starter/smollm2-135m --data_dir {where[0]} --task_name {where[1]}"
         words += f" --load_{self.dtype}" if self.dtype != "float32" else ""
         if self.steps:
@@ -100,6 +101,9 @@ def grid() -> list[Arm]:
         Arm("methods", "MeZO-LoRA r 8, alpha 16, η 1e-3", f"{LORA} {sgd} 1e-3"),
         Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised",
             f"{LORA} --lora_alpha 128 --zo_normalize --learning_rate 5e-4 --zo_eps 1e-2"),
+        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}",
+              f"{LORA} --lora_alpha 128 --zo_normalize --learning_rate {rate} --zo_eps 1e-2")
+          for rate in ("1e-3", "2e-3")),
         Arm("methods", "MeZO-LoRA r 1, A and B", f"{LORA} --lora_r 1 {sgd} 3e-4"),
         Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
             "--zo_eps 1e-3 --lr_scheduler_type constant"),
@@ -197,7 +201,7 @@ def run_one(job: tuple[Arm, int]) -> None:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(WORK / f"{name}.log", "w") as log:
-        words = [sys.executable, "run.py", *shlex.split(command), *shlex.split(more)]
+        words = [sys.executable, "run.py", *shlex.split(os.path.expandvars(command)), *shlex.split(more)]
         ended = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     if ended.returncode:
         tqdm.write(f"failed: {name}, see {WORK / name}.log")
@@ -209,7 +213,8 @@ def run_one(job: tuple[Arm, int]) -> None:
     write(arm, seed, f"python run.py {command}", {
         "accuracy": found["accuracy"], "loss": found["loss"], "auc": auc(margins, golds),
         "best_threshold": best_threshold_accuracy(margins, golds), "forward_passes": found["forward_passes"],
-        "seconds": one["train_seconds"], "peak_memory_mb": found["peak_memory_mb"],
+        "seconds": one["train_seconds"], "cpu_seconds": one["train_cpu_seconds"],
+        "peak_memory_mb": found["peak_memory_mb"],
         "boosters": one.get("boosters", 0),
     })  # fmt: skip
 
