@@ -1,12 +1,10 @@
-"""Every choice of a run: the flags, what they default to, and which of them exclude each other.
+"""Every choice of a run: the flags, and what they default to; which of them exclude each other stands in rules.py.
 
 Defaults that depend on other choices are one table, resolved before anything is loaded. Bad input is a UsageError.
 """
 
 import difflib
 import logging
-import math
-import os
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,9 +12,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+import rules
 from defaults import RECIPES, published
-from lora import layer_choice
-from methods import get_method
 from metrics import LOWER
 from tasks import TASKS, Own
 from utils import UsageError, cpu_has_bf16
@@ -170,9 +167,9 @@ class OurArguments(TrainingArguments):
                 setattr(self, name, value)
         if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
             self.zo_cache_activations = False
-        trains, zo = self.trainer != "none", self.trainer == "zo"
+        zo = self.trainer == "zo"
         self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
-        self.check(trains, zo)
+        rules.check(self)
         if self.ranks or self.lora_r is None:
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
         scaling = self.lora_alpha / self.lora_r
@@ -196,109 +193,6 @@ class OurArguments(TrainingArguments):
             self.torch_compile = False
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
-
-    def check(self, trains: bool, zo: bool) -> None:
-        """Raise UsageError for choices that exclude each other or lie out of range."""
-        conflicts = {
-            ("--xgblora", "--prefix_tuning"): self.xgblora and self.prefix_tuning,
-            ("--sfc", "--icl_sfc"): self.sfc and self.icl_sfc,
-            ("--load_float16", "--load_bfloat16"): self.load_float16 and self.load_bfloat16,
-            ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and self.fp16,
-            ("--trainer zo", "--deepspeed"): zo and self.deepspeed,
-            ("--trainer zo", "--fsdp"): zo and self.fsdp,
-            ("--trainer zo", "--label_smoothing_factor"): zo and self.label_smoothing_factor,
-            ("--trainer zo", "--neftune_noise_alpha"): zo and self.neftune_noise_alpha,
-            ("--trainer zo", "--auto_find_batch_size"): zo and self.auto_find_batch_size,
-            ("--trainer zo", f"--optim {self.optim}"): zo and self.optim != TrainingArguments.default_optim,
-            ("--train_as_classification", "--only_train_option False"): trains
-            and self.train_as_classification
-            and not self.only_train_option,
-            ("--num_dev", "--trainer none"): self.num_dev and not trains,
-            ("--xgblora_a_warmup", "--lora_freeze_a"): self.xgblora_a_warmup and self.lora_freeze_a,
-            ("--staged", "--no_eval"): self.staged and self.no_eval,
-            ("--xgblora_restart_lr", f"--lr_scheduler_type {self.lr_scheduler_type}"): self.xgblora_restart_lr
-            and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),  # no functions of the step
-            ("--eval_strategy", "no --num_dev"): trains and self.eval_strategy != "no" and not self.num_dev,
-        }
-        for names, clash in conflicts.items():
-            if clash:
-                raise UsageError(f"{names[0]} and {names[1]} exclude each other")
-        adapters, boosts = self.lora or self.xgblora, self.xgblora and trains
-        kind, _ = layer_choice(self.xgblora_layers)
-        named = {
-            name: getattr(self, name)
-            for name in ("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
-                         "xgblora_best")
-        }  # fmt: skip
-        needs = {
-            **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in named.items()},
-            "--xgblora_ensemble needs --xgblora or --adapter": self.xgblora_ensemble
-            and not (boosts or (self.adapter and not trains)),
-            "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (adapters and trains),
-            f"--xgblora_layers {self.xgblora_layers} needs --xgblora": kind == "random" and not self.xgblora,
-            "--xgblora_adaptive and --xgblora_best go by dev rows: give --num_dev": (
-                self.xgblora_adaptive or self.xgblora_best
-            )
-            and not self.num_dev,
-            "--xgblora_patience needs --xgblora_adaptive": self.xgblora_patience and not self.xgblora_adaptive,
-            "--zo_cache_activations needs --trainer zo and --xgblora_layers top:N": self.zo_cache_activations
-            and not (zo and kind == "top"),
-            "--staged needs --xgblora or --adapter": self.staged and not (boosts or (self.adapter and not trains)),
-            "--export_rank needs --lora, --xgblora or --adapter": self.export_rank and not (adapters or self.adapter),
-            "--zo_normalize needs --trainer zo and --lora or --xgblora": self.zo_normalize and not (zo and adapters),
-            "--lora_freeze_a needs --trainer zo and --lora or --xgblora": self.lora_freeze_a and not (zo and adapters),
-            "--template and the other flags of own data need --task_name own": self.own != Own()
-            and self.task_name != "own",
-            "--predictions and --no_eval: no example is evaluated": self.predictions and self.no_eval,
-            f"--zo_optim {self.zo_optim} needs --lora or --xgblora: it keeps state for every element": zo
-            and self.zo_optim != "sgd"
-            and not adapters,
-            "--boosters needs --adapter": self.boosters is not None and not self.adapter,
-            "--lora_targets needs --lora or --xgblora": self.lora_targets is not None and not adapters,
-            "--zo_check needs --trainer zo": self.zo_check and not zo,
-            "--recipe needs --trainer zo": self.recipe and not zo,
-            "--replay needs the flags of its run, --trainer zo among them": self.replay and not zo,
-            "--replay_steps needs --replay": self.replay_steps is not None and not self.replay,
-            "--prefix_tuning is not available yet": self.prefix_tuning,
-            "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
-            "--resume_from_checkpoint is not needed: the same command goes on by itself": self.resume_from_checkpoint,
-            f"--lora_r {self.lora_r} with --xgblora: boosters are of rank 1": self.xgblora
-            and self.lora_r not in (None, 1)
-            and not self.xgblora_rank_schedule,
-            f"--adapter {self.adapter} with --trainer {self.trainer} needs --lora or --xgblora": self.adapter
-            and trains
-            and not adapters,
-        }  # fmt: skip
-        for message, broken in needs.items():
-            if broken:
-                raise UsageError(message)
-        if zo and get_method(self.zo_method).full_only and adapters:
-            raise UsageError(f"--zo_method {self.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
-        if zo and get_method(self.zo_method).adapters_only and (not adapters or self.lora_freeze_a):
-            raise UsageError(f"--zo_method {self.zo_method} is for --lora or --xgblora with A and B trained")
-        if not self.eos_token:
-            raise UsageError("--eos_token is empty: an answer has to end somewhere")
-        for name in ("seed", "train_set_seed"):
-            if (getattr(self, name) or 0) >= 2**32:
-                raise UsageError(f"--{name} is {getattr(self, name)}, but must be below 2**32")
-        at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
-        at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
-        at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
-        at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
-        at_least |= {"xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
-        at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise UsageError(f"--{name} is {value}, but must be at least {least}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top_p is {self.top_p}, but must be above 0 and at most 1")
-        for name in ("zo_eps", "lora_alpha", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name} is {value}, but must be a positive number")
-        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise UsageError(f"--learning_rate is {self.learning_rate}, but must be a number, 0 or more")
 
     def announce(self) -> None:
         """The settings that matter, as they took effect, and the fast dtype of this machine."""

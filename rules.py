@@ -1,0 +1,116 @@
+"""Which choices of a run exclude or need each other, and what lies out of range: one line each, before a model loads."""
+
+import math
+import os
+
+from transformers import TrainingArguments
+
+from lora import layer_choice
+from methods import get_method
+from tasks import Own
+from utils import UsageError
+
+
+def check(args) -> None:
+    """Raise UsageError for choices that exclude each other or lie out of range."""
+    trains, zo = args.trainer != "none", args.trainer == "zo"
+    conflicts = {
+        ("--xgblora", "--prefix_tuning"): args.xgblora and args.prefix_tuning,
+        ("--sfc", "--icl_sfc"): args.sfc and args.icl_sfc,
+        ("--load_float16", "--load_bfloat16"): args.load_float16 and args.load_bfloat16,
+        ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
+        ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
+        ("--trainer zo", "--fsdp"): zo and args.fsdp,
+        ("--trainer zo", "--label_smoothing_factor"): zo and args.label_smoothing_factor,
+        ("--trainer zo", "--neftune_noise_alpha"): zo and args.neftune_noise_alpha,
+        ("--trainer zo", "--auto_find_batch_size"): zo and args.auto_find_batch_size,
+        ("--trainer zo", f"--optim {args.optim}"): zo and args.optim != TrainingArguments.default_optim,
+        ("--train_as_classification", "--only_train_option False"): trains
+        and args.train_as_classification
+        and not args.only_train_option,
+        ("--num_dev", "--trainer none"): args.num_dev and not trains,
+        ("--xgblora_a_warmup", "--lora_freeze_a"): args.xgblora_a_warmup and args.lora_freeze_a,
+        ("--staged", "--no_eval"): args.staged and args.no_eval,
+        ("--xgblora_restart_lr", f"--lr_scheduler_type {args.lr_scheduler_type}"): args.xgblora_restart_lr
+        and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),  # no functions of the step
+        ("--eval_strategy", "no --num_dev"): trains and args.eval_strategy != "no" and not args.num_dev,
+    }
+    for names, clash in conflicts.items():
+        if clash:
+            raise UsageError(f"{names[0]} and {names[1]} exclude each other")
+    adapters, boosts = args.lora or args.xgblora, args.xgblora and trains
+    kind, _ = layer_choice(args.xgblora_layers)
+    named = {
+        name: getattr(args, name)
+        for name in ("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
+                     "xgblora_best")
+    }  # fmt: skip
+    needs = {
+        **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in named.items()},
+        "--xgblora_ensemble needs --xgblora or --adapter": args.xgblora_ensemble
+        and not (boosts or (args.adapter and not trains)),
+        "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (adapters and trains),
+        f"--xgblora_layers {args.xgblora_layers} needs --xgblora": kind == "random" and not args.xgblora,
+        "--xgblora_adaptive and --xgblora_best go by dev rows: give --num_dev": (
+            args.xgblora_adaptive or args.xgblora_best
+        )
+        and not args.num_dev,
+        "--xgblora_patience needs --xgblora_adaptive": args.xgblora_patience and not args.xgblora_adaptive,
+        "--zo_cache_activations needs --trainer zo and --xgblora_layers top:N": args.zo_cache_activations
+        and not (zo and kind == "top"),
+        "--staged needs --xgblora or --adapter": args.staged and not (boosts or (args.adapter and not trains)),
+        "--export_rank needs --lora, --xgblora or --adapter": args.export_rank and not (adapters or args.adapter),
+        "--zo_normalize needs --trainer zo and --lora or --xgblora": args.zo_normalize and not (zo and adapters),
+        "--lora_freeze_a needs --trainer zo and --lora or --xgblora": args.lora_freeze_a and not (zo and adapters),
+        "--template and the other flags of own data need --task_name own": args.own != Own()
+        and args.task_name != "own",
+        "--predictions and --no_eval: no example is evaluated": args.predictions and args.no_eval,
+        f"--zo_optim {args.zo_optim} needs --lora or --xgblora: it keeps state for every element": zo
+        and args.zo_optim != "sgd"
+        and not adapters,
+        "--boosters needs --adapter": args.boosters is not None and not args.adapter,
+        "--lora_targets needs --lora or --xgblora": args.lora_targets is not None and not adapters,
+        "--zo_check needs --trainer zo": args.zo_check and not zo,
+        "--recipe needs --trainer zo": args.recipe and not zo,
+        "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
+        "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
+        "--prefix_tuning is not available yet": args.prefix_tuning,
+        "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "--resume_from_checkpoint is not needed: the same command goes on by itself": args.resume_from_checkpoint,
+        f"--lora_r {args.lora_r} with --xgblora: boosters are of rank 1": args.xgblora
+        and args.lora_r not in (None, 1)
+        and not args.xgblora_rank_schedule,
+        f"--adapter {args.adapter} with --trainer {args.trainer} needs --lora or --xgblora": args.adapter
+        and trains
+        and not adapters,
+    }  # fmt: skip
+    for message, broken in needs.items():
+        if broken:
+            raise UsageError(message)
+    if zo and get_method(args.zo_method).full_only and adapters:
+        raise UsageError(f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
+    if zo and get_method(args.zo_method).adapters_only and (not adapters or args.lora_freeze_a):
+        raise UsageError(f"--zo_method {args.zo_method} is for --lora or --xgblora with A and B trained")
+    if not args.eos_token:
+        raise UsageError("--eos_token is empty: an answer has to end somewhere")
+    for name in ("seed", "train_set_seed"):
+        if (getattr(args, name) or 0) >= 2**32:
+            raise UsageError(f"--{name} is {getattr(args, name)}, but must be below 2**32")
+    at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
+    at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
+    at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
+    at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
+    at_least |= {"xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
+    at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"--{name} is {value}, but must be at least {least}")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top_p is {args.top_p}, but must be above 0 and at most 1")
+    for name in ("zo_eps", "lora_alpha", "temperature"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"--{name} is {value}, but must be a positive number")
+    if args.learning_rate is not None and not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
+        raise UsageError(f"--learning_rate is {args.learning_rate}, but must be a number, 0 or more")
