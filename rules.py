@@ -1,4 +1,4 @@
-"""Which choices of a run exclude or need each other, and what lies out of range: one line each, before a model loads."""
+"""Which choices of a run exclude or need each other, or lie out of range: one line each, before a model loads."""
 
 import math
 import os
