@@ -13,6 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 logger = logging.getLogger(__name__)
+# Where it is installed, peft imports it, and it says at every start which of its fast kernels it lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UsageError(ValueError):
