@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from prefix import KeptLayer
 
 ATTENTION = 1000  # a row of this many tokens spends as long in attention as in matrix products (measured, 135M, CPU)
 TOKENS = 2048  # of one forward in evaluation: more are not faster, and take more memory
@@ -207,55 +209,53 @@ def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
     return mask[:, None]
 
 
-class PrefixLayer(DynamicLayer):
-    """Keys and values of one layer that every row sees before its own; they are read, never grown."""
-
-    def update(self, keys, values, *args, **kwargs):
-        rows = len(keys)
-        return tuple(
-            torch.cat([kept.expand(rows, -1, -1, -1), new], dim=-2)
-            for kept, new in ((self.keys, keys), (self.values, values))
-        )
+def trained_prefix(model: nn.Module):
+    """The model's `PrefixTuning`, or None."""
+    return getattr(model, "prefix_tuning", None)
 
 
 @torch.inference_mode()
-def prefix_cache(model: nn.Module, ids: list[int]) -> Cache:
-    """Keys and values of tokens that all examples begin with; one forward. The cache serves any number of rows."""
+def beginning(model: nn.Module, ids: list[int]) -> Cache:
+    """Keys and values of what all rows begin with: the trained prefix, where there is one, and these tokens, which one
+    forward encodes. The cache serves any number of rows."""
+    prefix = trained_prefix(model)
+    if not ids:
+        return prefix.cache(model.dtype)
     device = next(model.parameters()).device
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
     try:
-        grown = DynamicCache(config=model.config)
+        grown = prefix.growing(model) if prefix else DynamicCache(config=model.config)
         model(input_ids=torch.tensor([ids], device=device), past_key_values=grown, use_cache=True)
     finally:
         hook.remove()
-    layers = []
-    for layer in grown.layers:
-        layers.append(PrefixLayer())
-        layers[-1].lazy_initialization(layer.keys, layer.values)
-        layers[-1].keys, layers[-1].values = layer.keys, layer.values
-    return Cache(layers=layers)
+    return Cache(layers=[KeptLayer(layer.keys, layer.values) for layer in grown.layers])
 
 
 def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
     """[copies, T] fp32: log-probability of every option token of a packed batch; one forward.
 
-    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own.
+    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own. The cache
+    holds what all rows begin with, see `beginning`; positions count from behind a trained prefix.
     """
-    ids, columns = batch["input_ids"], batch["read_column"]
+    ids, columns, prefix = batch["input_ids"], batch["read_column"], trained_prefix(model)
+    if prefix and not cache:
+        cache = prefix.cache(model.dtype)
+    cached, front = cache.get_seq_length() if cache else 0, prefix.length if prefix else 0
     if "end" in batch:
-        mask = attention_mask(batch["end"], cache.get_seq_length() if cache else 0, model.dtype)
-        positions = batch["position_ids"].repeat(copies, 1)
-        inputs = {"attention_mask": mask.repeat(copies, 1, 1, 1), "position_ids": positions, "past_key_values": cache}
+        mask = attention_mask(batch["end"], cached, model.dtype).repeat(copies, 1, 1, 1)
+        inputs = {"attention_mask": mask, "position_ids": (batch["position_ids"] + front).repeat(copies, 1)}
     else:
-        inputs = {"attention_mask": batch["attention_mask"].repeat(copies, 1)}
+        mask = nn.functional.pad(batch["attention_mask"], (cached, 0), value=1)
+        inputs = {"attention_mask": mask.repeat(copies, 1)}
 
     def read(head, args):  # hidden states [copies · R, N, D] -> [copies, M, D]: the logits stay in the model's hands
         return (args[0].unflatten(0, (copies, -1))[:, batch["read_row"], columns], *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(read)
     try:
-        logits = model(input_ids=ids.repeat(copies, 1), use_cache=False, **inputs).logits.float()  # [copies, M, V]
+        outputs = model(input_ids=ids.repeat(copies, 1), past_key_values=cache, use_cache=False, **inputs)
+        logits = outputs.logits.float()  # [copies, M, V]
     finally:
         hook.remove()
     return logits[:, batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[:, batch["token_read"]]
@@ -330,7 +330,7 @@ def score(
         return [found[i] for i in range(len(examples))]
     device = next(model.parameters()).device
     start = 0 if plain else shared_beginning(examples)
-    cache = prefix_cache(model, examples[0].encodings[0][:start]) if start else None
+    cache = beginning(model, examples[0].encodings[0][:start]) if start else None
     sums: dict[tuple[int, int], float] = {}
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
         for group in batches(trees(examples, plain, start), budget, READS, padded=plain):

@@ -101,9 +101,9 @@ def grid() -> list[Arm]:
         *(Arm("rate", f"η {rate:g}", base(rate=rate)) for rate in (3e-3, 8e-3)),
         Arm("methods", "MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5"),
         Arm("methods", "MeZO-LoRA r 8, alpha 16, η 1e-3", f"{LORA} {sgd} 1e-3"),
-        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised",
-            f"{rank8} 5e-4"),
-        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}", f"{rank8} {rate}") for rate in ("1e-3", "2e-3")),
+        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised", f"{rank8} 5e-4"),
+        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}", f"{rank8} {rate}")
+          for rate in ("1e-3", "2e-3")),
         Arm("methods", "MeZO-LoRA r 1, A and B", f"{LORA} --lora_r 1 {sgd} 3e-4"),
         Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
             "--zo_eps 1e-3 --lr_scheduler_type constant"),
