@@ -63,6 +63,8 @@ class OurArguments(TrainingArguments):
     model_name: str = flag("facebook/opt-125m", "model", "hub name, model directory or .gguf file")
     load_float16: bool = flag(False, "model", "load the weights in float16 (default: float32)")
     load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
+    load_int8: bool = flag(False, "model", "quantise the Linear layers to 8 bits (bitsandbytes); train adapters only")
+    load_int4: bool = flag(False, "model", "quantise them to 4 bits (NF4); train adapters only")
     trust_remote_code: bool = flag(
         False, "model", "run the code that comes with a model; without it such a model is refused"
     )
@@ -83,6 +85,11 @@ class OurArguments(TrainingArguments):
     trainer: str = flag("none", "training", "none, regular (back-propagation) or zo", choices=["none", "regular", "zo"])
     only_train_option: bool = flag(True, "training", "the loss reads the option's tokens only, not the prompt's")
     train_as_classification: bool = flag(False, "training", "the loss is cross-entropy over the options")
+    objective: str | None = flag(
+        None, "training", "zo: what steps raise, no gradient needed: accuracy, f1, em, or file.py:name, a function of "
+        "(predictions, right answers)",
+    )  # fmt: skip
+    non_diff: bool = flag(False, "training", "--objective f1 where answers are generated, accuracy elsewhere")
     zo_eps: float | None = flag(None, "training", "perturbation ε of zo (default: by mode)")
     zo_normalize: bool = flag(False, "training", "divide g by the root of its running mean square")
     zo_queries: int = flag(1, "training", "directions a step, whose updates are averaged")
@@ -151,7 +158,18 @@ class OurArguments(TrainingArguments):
     zo_cache_activations: bool = flag(
         False, "training", "with --xgblora_layers top:N: run the layers below once per training row, and keep that"
     )
-    prefix_tuning: bool = flag(False, "adapters", "not available yet: refused")
+    prefix_tuning: bool = flag(False, "adapters", "train keys and values in front of every layer's own")
+    num_prefix: int = flag(5, "adapters", "tokens of the prefix")
+    no_reparam: bool = flag(True, "adapters", "train the prefix itself; False: a small network that makes it")
+    prefix_init_by_real_act: bool = flag(
+        True, "adapters", "without reparametrisation: start the prefix from the keys and values of random tokens"
+    )
+    head_tuning: bool = flag(False, "adapters", "train the head only (and with it the embedding, where they are tied)")
+    untie_emb: bool = flag(False, "adapters", "give the head weights of its own first")
+    linear_probing: bool = flag(
+        False, "adapters", "fit a logistic regression on the last hidden state of the training rows; no other training"
+    )
+    lp_early_stopping: bool = flag(False, "adapters", "with --linear_probing: stop at a tolerance of 1e-2")
 
     learning_rate: float | None = flag(None, "training", "step size (default: by trainer and mode)")
     lr_scheduler_type: str | None = flag(
@@ -168,7 +186,11 @@ class OurArguments(TrainingArguments):
         if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
             self.zo_cache_activations = False
         zo = self.trainer == "zo"
-        self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
+        modes = {"xgblora": self.xgblora, "lora": self.lora, "prefix": self.prefix_tuning, "head": self.head_tuning}
+        modes |= {"probe": self.linear_probing, "ft": True}
+        self.mode = next(mode for mode, on in modes.items() if on)
+        if self.non_diff and not self.objective:
+            self.objective = "auto"
         rules.check(self)
         if self.ranks or self.lora_r is None:
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
@@ -248,6 +270,16 @@ class OurArguments(TrainingArguments):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.load_float16 else torch.bfloat16 if self.load_bfloat16 else torch.float32
+
+    @property
+    def bits(self) -> int | None:
+        """Of the Linear layers' weights, where they are quantised."""
+        return 8 if self.load_int8 else 4 if self.load_int4 else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the training rows are learned from; otherwise they are demonstrations."""
+        return self.trainer != "none" or self.linear_probing
 
     @property
     def model_label(self) -> str:

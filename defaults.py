@@ -1,10 +1,12 @@
 """What a choice defaults to where that depends on other choices, and which choices make a run another run."""
 
-# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
-# XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
+# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full, prefix and LoRA as published (MeZO,
+# Table 15). XGBLoRA and the last two switches: found on the starter model at alpha/r = 16 (bench/RESULTS.md).
 SCALING = 16  # alpha / rank that the entries with B alone belong to
 DEFAULTS = {
     ("zo", "ft", False, False): (1e-6, 1e-3),
+    ("zo", "head", False, False): (1e-6, 1e-3),
+    ("zo", "prefix", False, False): (1e-2, 1e-1),
     ("zo", "lora", False, False): (5e-5, 1e-2),
     ("zo", "lora", False, True): (1e-3, 1e-2),
     ("zo", "lora", True, False): (1e-3, 1e-2),
@@ -14,6 +16,8 @@ DEFAULTS = {
     ("zo", "xgblora", True, False): (1e-3, 1e-2),
     ("zo", "xgblora", True, True): (5e-3, 3e-2),
     ("regular", "ft", False, False): (1e-5, None),
+    ("regular", "head", False, False): (1e-5, None),
+    ("regular", "prefix", False, False): (1e-2, None),
     ("regular", "lora", False, False): (1e-3, None),
     ("regular", "xgblora", False, False): (1e-3, None),
 }
@@ -53,8 +57,9 @@ INCIDENTAL = {
 }  # fmt: skip
 # The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
 REPLAYED = {
-    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "load_float16",
-    "load_bfloat16", "adapter", "boosters", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
-    "xgblora_ensemble", "xgblora_rank_schedule", "xgblora_layers", "xgblora_a_warmup", "xgblora_adaptive",
-    "xgblora_best",
+    "model", "seed", "adapter", "boosters", "load_float16", "load_bfloat16", "load_int8", "load_int4",
+    "prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act", "head_tuning", "untie_emb",
+    "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "xgblora_ensemble",
+    "xgblora_rank_schedule", "xgblora_layers", "xgblora_a_warmup", "xgblora_adaptive", "xgblora_best",
+    "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
 }  # fmt: skip

@@ -173,7 +173,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("a parameter to train has no storage (it is on the meta device, offloaded)")
         self.eps, self.clip, self.normalize, self.master, self.spread = eps, clip, normalize, bool(master), spread
         self.method, self.noise = method or Method(queries), Noise(seed, distribution)
-        self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0}
+        self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0, "zero": 0}
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
         self.trajectory, self.one_by_one, self.optim = Trajectory(), False, optim
@@ -297,6 +297,7 @@ class ZerothOrder(torch.optim.Optimizer):
         scalars = self.scalars
         scalars["in_a_row"] = 0 if finite else scalars["in_a_row"] + 1
         scalars["skipped"] += len(self.projected_grads) > len(finite)
+        scalars["zero"] += not any(self.projected_grads)  # losses that don't differ teach nothing
         n = len(self.projected_grads)
         scaled = [self._scaled(g) / n if math.isfinite(g) else math.nan for g in self.projected_grads]
         rates = [group["lr"] for group in self.param_groups]
