@@ -85,6 +85,7 @@ def check(args) -> None:
         "--boosters needs --adapter": args.boosters is not None and not args.adapter,
         "--lora_targets needs --lora or --xgblora": args.lora_targets is not None and not lora,
         "--head_tuning needs a --trainer": args.head_tuning and not trains,
+        "--prefix_tuning needs a --trainer": args.prefix_tuning and not trains,
         "--untie_emb needs --head_tuning, or a --trainer without adapters": args.untie_emb and (not trains or adapters),
         "--lp_early_stopping needs --linear_probing": args.lp_early_stopping and not args.linear_probing,
         "--objective and --non_diff need --trainer zo": args.objective and not zo,
