@@ -13,10 +13,10 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 import rules
-from defaults import RECIPES, published
+from defaults import RECIPES, published, settings_block, warnings
 from metrics import LOWER
 from tasks import TASKS, Own
-from utils import UsageError, cpu_has_bf16
+from utils import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -217,25 +217,11 @@ class OurArguments(TrainingArguments):
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
 
     def announce(self) -> None:
-        """The settings that matter, as they took effect, and the fast dtype of this machine."""
-        logger.info("task %s, model %s in %s, mode %s, trainer %s, seed %d", self.task_name, self.model_name,
-                    str(self.dtype).removeprefix("torch."), self.mode, self.trainer, self.seed)  # fmt: skip
-        if self.trainer != "none":
-            logger.info("learning rate %g (%s), eps %s, batch %d", self.learning_rate, self.lr_scheduler_type.value,
-                        self.zo_eps, self.per_device_train_batch_size)  # fmt: skip
-        if self.lora or self.xgblora:
-            ranks = self.xgblora_rank_schedule or self.lora_r
-            only = ", B only" if self.lora_freeze_a else ""
-            logger.info("adapters: rank %s, alpha %g%s, layers %s", ranks, self.lora_alpha, only, self.xgblora_layers)
-        if self.xgblora and self.lora:
-            logger.info("--xgblora takes the place of --lora")
-        if self.device.type == "cpu":
-            fast = cpu_has_bf16()
-            if fast != self.load_bfloat16:
-                name = "--load_bfloat16" if fast else "float32 (no --load_bfloat16)"
-                logger.info(
-                    "this CPU %s bfloat16 in hardware: %s is the fast choice here", "has" if fast else "has no", name
-                )
+        """The settings that matter, as they took effect, in one block; then what looks like a mistake."""
+        width = max(map(len, block := settings_block(self)))
+        logger.info("\n".join(f"{name:{width}}  {value}" for name, value in block.items()))
+        for line in warnings(self):
+            logger.warning(line)
 
     def choose_best_by(self, metric: str) -> None:
         """Take the task's metric to choose the best checkpoint by, where no flag says otherwise."""

@@ -46,6 +46,7 @@ def write(path: Path, args, sets: list[dict]) -> dict:
     result |= {name: sum(s.get(name, 0) for s in sets) for name in ("forward_passes", "seconds")}
     result |= {
         "peak_memory_mb": round(peak_memory_mb()),
+        "mode": args.mode,
         "seed": args.seed,
         "sets": sets,
         "args": json.loads(json.dumps(args.to_dict(), default=str)),
@@ -79,7 +80,7 @@ def table(directory: Path) -> list[str]:
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]
     for results in rows.values():
         args = results[0]["args"]
-        mode = "xgblora" if args["xgblora"] else "lora" if args["lora"] else "ft"
+        mode = results[0].get("mode") or ("xgblora" if args["xgblora"] else "lora" if args["lora"] else "ft")
         for metric in METRICS:
             values = [result[metric] for result in results if metric in result]
             if values:
