@@ -92,6 +92,7 @@ def grid() -> list[Arm]:
     return [
         Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
         Arm("start", "label bias only", BIAS, steps=0),
+        Arm("start", "linear probing", "--linear_probing --num_train 1000 --train_set_seed {seed}", steps=0),
         Arm("start", "16 demonstrations", "--trainer none --num_train 16 --train_set_seed {seed}", steps=0),
         Arm("base", "XGBLoRA B only normalised", base()),
         Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
@@ -138,6 +139,7 @@ def grid() -> list[Arm]:
         *(arm for task in ("Tweets", "SST2", "Products", "Editorials", "Reviews") for arm in (
             Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,), task=task),
             Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
+            Arm("start", "linear probing", "--linear_probing --num_train 1000 --train_set_seed {seed}", steps=0, task=task),
             Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
             Arm("methods", "MeZO-LoRA r 8 at its best", f"{rank8} 1e-3", seeds=CONFIRM, task=task),
         )),

@@ -1,4 +1,4 @@
-"""Mode × trainer × family: what works, by running it. A ✓ stands where a run on real rows ended and its number came out.
+"""Mode × trainer × family: what works, by running it. A ✓ is a run on real rows that ended with a number.
 
     python bench/modes.py [--families llama gpt2 …] [--smollm2]
 
