@@ -88,11 +88,12 @@ def grid() -> list[Arm]:
     )
     no_merge = f"{LORA} --lora_r 1 {B_ONLY.format(rate=5e-3, eps=3e-2)}"
     sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
+    probing = "--linear_probing --num_train 1000 --train_set_seed {seed}"
     rank8 = f"{LORA} --lora_alpha 128 --zo_normalize --zo_eps 1e-2 --learning_rate"
     return [
         Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
         Arm("start", "label bias only", BIAS, steps=0),
-        Arm("start", "linear probing", "--linear_probing --num_train 1000 --train_set_seed {seed}", steps=0),
+        Arm("start", "linear probing", probing, steps=0),
         Arm("start", "16 demonstrations", "--trainer none --num_train 16 --train_set_seed {seed}", steps=0),
         Arm("base", "XGBLoRA B only normalised", base()),
         Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
@@ -139,7 +140,7 @@ def grid() -> list[Arm]:
         *(arm for task in ("Tweets", "SST2", "Products", "Editorials", "Reviews") for arm in (
             Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,), task=task),
             Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
-            Arm("start", "linear probing", "--linear_probing --num_train 1000 --train_set_seed {seed}", steps=0, task=task),
+            Arm("start", "linear probing", probing, steps=0, task=task),
             Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
             Arm("methods", "MeZO-LoRA r 8 at its best", f"{rank8} 1e-3", seeds=CONFIRM, task=task),
         )),
