@@ -29,7 +29,10 @@ TARGETS = {
     "gpt_neox": ("query_key_value",),
     "bloom": ("query_key_value",),
     "falcon": ("query_key_value",),
-    "phi3": ("qkv_proj",),
+    "phi3": ("qkv_proj",),  # PEFT has no entry
+    "mpt": ("Wqkv",),
+    "gpt_bigcode": ("c_attn",),
+    "codegen": ("qkv_proj",),
 }
 
 

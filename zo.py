@@ -271,8 +271,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def _ask(self, ask: Callable, group: list[tuple[int, float]], batched: bool):
         """The loss at a point, or the losses of a group of points, [copies]."""
         if not self.master:
-            with Streamed(self.slots, group, self.direction):
-                return ask()
+            with Streamed(self.slots, group, self.direction) as streamed:
+                losses = ask()
+            if streamed.is_shown(losses):
+                raise NoCopies("the loss is made of parameters alone")
+            return losses
         if not batched:
             ((query, scale),) = group
             for slot in self.slots:
