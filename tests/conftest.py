@@ -98,7 +98,7 @@ OTHERS = {
     "stablelm-parallel": ("StableLm", {**GROUPED, "use_parallel_residual": True, "qk_layernorm": True}),
     "olmo2": ("Olmo2", GROUPED),
     "granite": ("Granite", {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
-    "cohere": ("Cohere", GROUPED),
+    "cohere": ("Cohere", {**GROUPED, "logit_scale": 0.5}),
     "gpt_neox": ("GPTNeoX", MLP),
     "falcon": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon-new": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
