@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,6 +321,22 @@ def test_where_copies_can_t_be_told_apart_each_point_has_a_forward(kind, caplog)
         engine.estimate(closure, copies=2)
         assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
     assert len(caplog.records) == 1
+
+
+def test_adapted_experts_have_a_forward_for_each_point(caplog):
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(4, 6, 16)
+    model.config = SimpleNamespace(model_type="routed")
+    lora = LoRA(model, 2, 16, targets=["experts.0", "experts.1"])
+    for module in lora.lora_modules:
+        module.lora_B.data.normal_()
+    engine = ZerothOrder(model, eps=1e-2, master=True, spread=lora.spread)
+    found = []
+    for copies in (1, 2):
+        engine.losses = [0.0, 0.0]
+        engine.estimate(lambda copies=1: model(x.repeat(copies, 1, 1), copies), copies=copies)
+        found.append(engine.losses)
+    assert found[0] == found[1] and engine.one_by_one and len(caplog.records) == 1
 
 
 def test_no_second_copy_and_no_large_temporary(monkeypatch):
