@@ -46,6 +46,7 @@ class Streamed(TorchFunctionMode):
         self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (it, W)
         self.made: dict[int, list[Tensor]] = {}  # id of what was made of parameters alone -> it at each point
         self.sizes: set[int] = set()  # tokens of whole batches, all copies
+        self.largest = 0  # bytes of what was perturbed whole though it is more than a block
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,7 +60,7 @@ class Streamed(TorchFunctionMode):
             return self.addmm(*args)
         if func is F.embedding and trained == [1] and second in self.slots:
             return self.embedding(*args, **kwargs)
-        if func is torch.Tensor.T.__get__ and id(args[0]) in self.slots and args[0].dim() == 2:
+        if func == torch.Tensor.T.__get__ and id(args[0]) in self.slots and args[0].dim() == 2:
             turned = func(*args, **kwargs)  # a view
             self.turned[id(turned)] = turned, args[0]
             return turned
@@ -95,6 +96,8 @@ class Streamed(TorchFunctionMode):
         if id(a) in self.turned:
             return [value.T for value in self.all_of(self.turned[id(a)][1])]
         slot = self.slots[id(a)]
+        if a.numel() > directions.BLOCK:
+            self.largest = max(self.largest, a.nbytes)
         return [value.view(a.shape) for value in self.shown(slot, range(len(slot.matrix)))]
 
     def biases(self, bias) -> list:

@@ -20,6 +20,7 @@ from test_zo import loss_at, perturbed
 from transformers import AutoModelForCausalLM
 
 import bottom
+import directions
 import generation
 import models
 import scoring
@@ -160,6 +161,17 @@ def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
     engine.step()
     for p, value in zip(params, wanted, strict=True):
         assert torch.allclose(p, value, atol=1e-6)
+
+
+def test_no_matrix_is_perturbed_whole(family, monkeypatch, caplog):
+    """Only stacked experts are, and the log says how much that is."""
+    monkeypatch.setattr(directions, "BLOCK", 300)  # norms, biases and what is made of them have fewer elements
+    model = tiny_model(family)
+    engine = ZerothOrder(model, eps=1e-2, master=False)
+    losses(engine, closure_of(model, family, 3), 1)
+    losses(engine, closure_of(model, family, 3), 1)
+    expected = ["up to 0.0 MB"] if family == "mixtral" else []
+    assert [re.search("up to .* MB", record.message)[0] for record in caplog.records] == expected
 
 
 def test_scores_are_those_of_one_row_a_candidate(family):
