@@ -82,8 +82,8 @@ class Framework:
             self.refuse_for_probe()
         self.config = models.read_config(args.model_name, args.trust_remote_code)
         self.tokenizer = models.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
-        limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
-        self.max_length = min(args.max_length, limit - self.prefix_length)
+        front = self.prefix_length  # which takes positions of its own
+        self.max_length = models.longest(self.config, args.max_length + front) - front
         self.vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapters
 from adapters import Booster, Round, Saved, layer_number
+from streaming import NoCopies
 from utils import UsageError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,10 @@ TARGETS = {
     "gpt_neox": ("query_key_value",),
     "bloom": ("query_key_value",),
     "falcon": ("query_key_value",),
-    "phi3": ("qkv_proj",),
+    "phi3": ("qkv_proj",),  # PEFT has no entry
+    "mpt": ("Wqkv",),
+    "gpt_bigcode": ("c_attn",),
+    "codegen": ("qkv_proj",),
 }
 
 
@@ -196,7 +200,12 @@ class LoRA:
         return [p for m in self.lora_modules for p in ((m.lora_B,) if self.freeze_a else (m.lora_A, m.lora_B))]
 
     def spread(self, deltas: list[Tensor] | None) -> None:
-        """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order."""
+        """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order.
+
+        Raises NoCopies where an expert is adapted: the tokens that it is given mix the copies.
+        """
+        if deltas is not None and any(".experts." in f".{name}" for name in self.modules):
+            raise NoCopies("an expert is adapted")
         left = iter(deltas or ())
         for module in self.lora_modules:
             module.deltas = None

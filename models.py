@@ -2,6 +2,7 @@
 a bad or unreachable one becomes one line. Code that comes with a model runs only where `trust` says so.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import starter
 from utils import UsageError, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def reading(name: str, read):
@@ -39,6 +42,20 @@ def read_config(name: str, trust: bool = False):
     if known and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in known):
         raise UsageError(f"--model_name {name} is a {known[0]}, not a causal language model")
     return config
+
+
+def longest(config, wished: int) -> int:
+    """How many tokens a row may have: `wished`, or fewer where the model takes no more.
+
+    LongRoPE (Phi-3 128k) changes the frequencies of all rows of a batch where one of them is longer than those of its
+    first training, so that a score would depend on its neighbours: rows stay below.
+    """
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if first and first < wished:
+        logger.warning("rows are cut to %d tokens: beyond them this model's positions depend on the whole batch", first)
+    return min([wished, *filter(None, [*limits, first])])
 
 
 def read_tokenizer(name: str, config, trust: bool = False):

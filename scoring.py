@@ -385,10 +385,10 @@ def takes_packed(model: nn.Module, longest: int = TOKENS) -> bool:
     row or the `longest` prompt would give silent wrong numbers; such a model gets plain rows.
     """
     config = model.config.get_text_config()
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        return False
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if (window and window <= max(TOKENS, longest)) or "local" in (getattr(config, "attention_layers", None) or []):
+    windows = {"sliding_attention"} if window else set()  # Gemma 2 has some of them, and a window that is wide enough
+    if (window and window <= max(TOKENS, longest)) or kinds - {"full_attention", "global"} - windows:
         return False
     top = config.vocab_size - 1
     prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]

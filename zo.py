@@ -177,6 +177,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
         self.trajectory, self.one_by_one, self.optim = Trajectory(), False, optim
+        self.whole = 0  # bytes of the largest tensor that could not be streamed in blocks
         self.slots = self._slots()
         self.load_master()
         self.inner = self._inner()
@@ -271,8 +272,14 @@ class ZerothOrder(torch.optim.Optimizer):
     def _ask(self, ask: Callable, group: list[tuple[int, float]], batched: bool):
         """The loss at a point, or the losses of a group of points, [copies]."""
         if not self.master:
-            with Streamed(self.slots, group, self.direction):
-                return ask()
+            with Streamed(self.slots, group, self.direction) as streamed:
+                losses = ask()
+            if streamed.largest > self.whole:
+                self.whole = streamed.largest
+                logger.warning("this model's layers need up to %.1f MB of weights perturbed at once", self.whole / 1e6)
+            if streamed.is_shown(losses):
+                raise NoCopies("the loss is made of parameters alone")
+            return losses
         if not batched:
             ((query, scale),) = group
             for slot in self.slots:
