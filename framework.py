@@ -18,6 +18,7 @@ import torch
 import adapters
 import checkpoint
 import generation
+import memory
 import metrics
 import models
 import scoring
@@ -26,7 +27,7 @@ from arguments import OurArguments
 from defaults import INCIDENTAL, REPLAYED
 from lora import LoRA
 from tasks import GENERATION, OPTIONS, TEXT
-from trainer import TRAJECTORY, OurTrainer
+from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
 from utils import UsageError, prompt_tokens, text_tokens
 
@@ -56,6 +57,8 @@ class Framework:
         if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
             raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
         self.lora_module: LoRA | None = None
+        self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
+        self.estimate: memory.Estimate | None = None
         self.trainer: OurTrainer | None = None
         if args.adapter:
             adapters.adapter_config(args.adapter)
@@ -69,6 +72,7 @@ class Framework:
     def model(self):
         """The model in eval mode on its device, adapters injected."""
         args = self.args
+        self.estimate = self.foresee()
         model = models.read_model(args.model_name, args.dtype, args.trust_remote_code).to(args.device)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
@@ -91,6 +95,25 @@ class Framework:
         if args.adapter:
             self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model
+
+    def foresee(self) -> memory.Estimate | None:
+        """What memory the run will take, logged; None where that can't be told."""
+        args, config = self.args, self.config
+        return memory.foresee(
+            args,
+            lambda: (
+                memory.shape(config, args.trust_remote_code)
+                if config
+                else memory.gguf_shape(models.gguf_sizes(args.model_name))
+            ),
+            self.trained,
+            self.evaluated,
+            lambda tokens: copies(
+                tokens, 2 * args.zo_queries, args.device.type == "cpu", args.mode != "ft", args.zo_batched
+            ),
+            file=(getattr(config, "dtype", None) or torch.float32).itemsize,
+            new=args.max_new_tokens if self.task and self.task.generation else 0,
+        )
 
     # ---- prompts and scores ----
 
@@ -138,7 +161,9 @@ class Framework:
         args, prior = self.args, None
         if args.sfc or args.icl_sfc:
             prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
-        return Rows(samples, self.examples(samples, demonstrations, gold=False), prior)
+        examples = self.examples(samples, demonstrations, gold=False)
+        self.evaluated += examples
+        return Rows(samples, examples, prior)
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
         """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum."""
@@ -211,7 +236,7 @@ class Framework:
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        examples = self.learned(train_samples)
+        self.trained = examples = self.learned(train_samples)
         dev_examples = self.learned(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]
