@@ -98,22 +98,10 @@ class Framework:
 
     def foresee(self) -> memory.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""
-        args, config = self.args, self.config
-        return memory.foresee(
-            args,
-            lambda: (
-                memory.shape(config, args.trust_remote_code)
-                if config
-                else memory.gguf_shape(models.gguf_sizes(args.model_name))
-            ),
-            self.trained,
-            self.evaluated,
-            lambda tokens: copies(
-                tokens, 2 * args.zo_queries, args.device.type == "cpu", args.mode != "ft", args.zo_batched
-            ),
-            file=(getattr(config, "dtype", None) or torch.float32).itemsize,
-            new=args.max_new_tokens if self.task and self.task.generation else 0,
-        )
+        args, cpu = self.args, self.args.device.type == "cpu"
+        new = args.max_new_tokens if self.task and self.task.generation else 0
+        rule = lambda tokens: copies(tokens, 2 * args.zo_queries, cpu, args.mode != "ft", args.zo_batched)  # noqa: E731
+        return memory.foresee(args, self.config, self.trained, self.evaluated, rule, new)
 
     # ---- prompts and scores ----
 

@@ -2,8 +2,6 @@
 a bad or unreachable one becomes one line. Code that comes with a model runs only where `trust` says so.
 """
 
-import mmap
-import struct
 from pathlib import Path
 
 import torch
@@ -56,40 +54,3 @@ def read_model(name: str, dtype: torch.dtype, trust: bool = False):
         lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
         raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
     return model.eval()
-
-
-def gguf_sizes(path: str) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the tensors in a `.gguf` file; `gguf.GGUFReader` takes ten seconds for the words before them."""
-    widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value, by its type
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = 0
-
-        def read(form: str):
-            nonlocal at
-            values = struct.unpack_from("<" + form, data, at)
-            at += struct.calcsize("<" + form)
-            return values if len(values) > 1 else values[0]
-
-        def text() -> str:
-            nonlocal at
-            n = read("Q")
-            at += n
-            return data[at - n : at].decode()
-
-        def skip(kind: int) -> None:
-            nonlocal at
-            if kind == 8:
-                text()
-            elif kind == 9:
-                of, n = read("IQ")
-                for _ in range(n if of in (8, 9) else 0):
-                    skip(of)
-                at += n * widths.get(of, 0)
-            else:
-                at += widths[kind]
-
-        _, _, tensors, pairs = read("4sIQQ")
-        for _ in range(pairs):
-            text()
-            skip(read("I"))
-        return {text(): tuple(reversed(read(f"{read('I')}QIQ")[:-2])) for _ in range(tensors)}
