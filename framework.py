@@ -18,6 +18,7 @@ import torch
 import adapters
 import checkpoint
 import generation
+import memory
 import metrics
 import models
 import prefix
@@ -30,7 +31,7 @@ from lora import LoRA
 from prefix import PrefixTuning
 from probe import Probe
 from tasks import GENERATION, OPTIONS, TEXT
-from trainer import TRAJECTORY, OurTrainer
+from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
 from utils import UsageError, prompt_tokens, text_tokens
 
@@ -60,6 +61,8 @@ class Framework:
         if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
             raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
         self.lora_module: LoRA | None = None
+        self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
+        self.estimate: memory.Estimate | None = None
         self.trainer: OurTrainer | None = None
         self.probe: Probe | None = None
         self.saved_prefix = bool(args.adapter) and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND
@@ -90,6 +93,7 @@ class Framework:
     def model(self):
         """The model in eval mode on its device, adapters injected."""
         args = self.args
+        self.estimate = self.foresee()
         model = models.read_model(args.model_name, args.dtype, args.trust_remote_code, args.device, args.bits)
         if args.bits == 4 and args.trainer == "regular":
             models.differentiable(model)
@@ -142,6 +146,13 @@ class Framework:
         if self.task.kind != OPTIONS or len(options) > 1:
             raise UsageError(f"--linear_probing needs the same options in every row, which {self.task.name} has not")
 
+    def foresee(self) -> memory.Estimate | None:
+        """What memory the run will take, logged; None where that can't be told."""
+        args, cpu = self.args, self.args.device.type == "cpu"
+        new = args.max_new_tokens if self.task and self.task.generation else 0
+        rule = lambda tokens: copies(tokens, 2 * args.zo_queries, cpu, args.mode != "ft", args.zo_batched)  # noqa: E731
+        return memory.foresee(args, self.config, self.trained, self.evaluated, rule, new)
+
     # ---- prompts and scores ----
 
     def examples(self, samples, demonstrations=(), sfc=False, icl_sfc=False, gold=True) -> list[scoring.Example]:
@@ -188,7 +199,9 @@ class Framework:
         args, prior = self.args, None
         if args.sfc or args.icl_sfc:
             prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
-        return Rows(samples, self.examples(samples, demonstrations, gold=False), prior)
+        examples = self.examples(samples, demonstrations, gold=False)
+        self.evaluated += examples
+        return Rows(samples, examples, prior)
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
         """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum; with
@@ -278,7 +291,7 @@ class Framework:
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        examples = self.learned(train_samples)
+        self.trained = examples = self.learned(train_samples)
         dev_examples = self.learned(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]

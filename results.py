@@ -44,6 +44,8 @@ def write(path: Path, args, sets: list[dict]) -> dict:
     if len(sets) > 1:
         result["deviation"] = {name: stdev(s[name] for s in sets) for name in names}
     result |= {name: sum(s.get(name, 0) for s in sets) for name in ("forward_passes", "seconds")}
+    estimates = [s["estimated_memory_mb"] for s in sets if "estimated_memory_mb" in s]
+    result |= {"estimated_memory_mb": max(estimates)} if estimates else {}
     result |= {
         "peak_memory_mb": round(peak_memory_mb()),
         "mode": args.mode,

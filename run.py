@@ -75,6 +75,8 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
         with signals.interruptible():
             measured |= look(framework, output_dir, train_set, dev_rows, eval_rows)
     measured["seconds"] = round(time.perf_counter() - start, 2)
+    if framework.estimate:
+        measured["estimated_memory_mb"] = round(framework.estimate.total / 1e6)
     if framework.lora_module:
         measured["boosters"] = len(framework.lora_module.boosters)
     return measured
