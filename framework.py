@@ -1,7 +1,7 @@
-"""A model and a task: load, inject adapters, turn samples into prompts and scores, train, evaluate, replay.
+"""A model and a task: load, inject adapters, score, train, evaluate, replay.
 
-Reads like a recipe, from `model` to `export`. What a step is stands in trainer.py and zo.py, what a score is in
-scoring.py; run.py has the program around it.
+Reads like a recipe, from `model` to `export`. What a step is stands in trainer.py and zo.py, what a prompt is in
+prompts.py and a score in scoring.py; run.py has the program around it.
 """
 
 import copy
@@ -11,7 +11,6 @@ import logging
 import math
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 
@@ -23,6 +22,7 @@ import metrics
 import models
 import prefix
 import probe
+import rules
 import scoring
 import staged
 from arguments import OurArguments
@@ -30,20 +30,13 @@ from defaults import INCIDENTAL, REPLAYED
 from lora import LoRA
 from prefix import PrefixTuning
 from probe import Probe
-from tasks import GENERATION, OPTIONS, TEXT
+from prompts import Prompts, Rows
+from tasks import GENERATION, TEXT
 from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
-from utils import UsageError, prompt_tokens, text_tokens
+from utils import UsageError
 
 logger = logging.getLogger("run")
-
-
-class Rows(NamedTuple):
-    """Samples and what they are as token ids; `prior` is the calibration prompt of each, or None."""
-
-    samples: list
-    examples: list[scoring.Example]
-    prior: list[scoring.Example] | None
 
 
 class Framework:
@@ -51,43 +44,28 @@ class Framework:
     data and prompts are refused before."""
 
     def __init__(self, args: OurArguments, task):
-        self.args, self.task, self.template = args, task, task.get_template() if task else None
+        self.args, self.task = args, task
         if task:
             args.choose_best_by(task.metric_name)
-        if task and task.kind != OPTIONS:
-            for flag in ("train_as_classification", "sfc", "icl_sfc"):
-                if getattr(args, flag):
-                    raise UsageError(f"--{flag} is for tasks with candidates, but {task.name} has none")
-        if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
-            raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
+            rules.fit(args, task)
         self.lora_module: LoRA | None = None
         self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
         self.estimate: memory.Estimate | None = None
         self.trainer: OurTrainer | None = None
         self.probe: Probe | None = None
-        self.saved_prefix = bool(args.adapter) and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND
+        self.objective = metrics.objective(args.objective) if args.objective else None
         self.prefix_length = args.num_prefix if args.prefix_tuning else 0
-        if self.saved_prefix:
-            self.refuse_for_prefix()
+        if args.adapter and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND:
+            rules.fit_prefix(args)
             self.prefix_length = prefix.saved_length(args.adapter)
         elif args.adapter:
             adapters.adapter_config(args.adapter)
-        self.objective = None
-        if args.objective:
-            name = args.objective
-            if name == "auto":
-                name = "accuracy" if task and task.kind == OPTIONS else "f1"
-            fits = {"accuracy": (OPTIONS,), "f1": (GENERATION,), "em": (GENERATION,)}.get(name, (OPTIONS, GENERATION))
-            if task and task.kind not in fits:
-                raise UsageError(f"--objective {name} is not for {task.name}, whose metric is {task.metric_name}")
-            self.objective = metrics.objective(name)
-        if args.linear_probing and task:
-            self.refuse_for_probe()
         self.config = models.read_config(args.model_name, args.trust_remote_code)
         self.tokenizer = models.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
         front = self.prefix_length  # which takes positions of its own
         self.max_length = models.longest(self.config, args.max_length + front) - front
-        self.vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
+        vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
+        self.prompts = Prompts(args, task, self.tokenizer, self.max_length, vocabulary) if task else None
 
     @functools.cached_property
     def model(self):
@@ -128,80 +106,24 @@ class Framework:
             self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model
 
-    def refuse_for_prefix(self) -> None:
-        """Raise UsageError for flags that a saved prefix has no use for."""
-        args = self.args
-        for flag in ("lora", "xgblora", "boosters", "staged", "export_rank", "save_merged", "xgblora_ensemble"):
-            if getattr(args, flag) not in (None, False, 0):
-                raise UsageError(f"--{flag} is for LoRA adapters, but --adapter {args.adapter} is a prefix")
-        if args.trainer != "none" and not args.prefix_tuning:
-            raise UsageError(
-                f"--adapter {args.adapter} is a prefix: --trainer {args.trainer} goes on with --prefix_tuning"
-            )
-
-    def refuse_for_probe(self) -> None:
-        """Raise UsageError where rows differ in their options: a probe has one output an option."""
-        some = self.task.samples["train"]
-        options = {tuple(map(str, some[i].candidates or ())) for i in range(min(len(some), 50))}
-        if self.task.kind != OPTIONS or len(options) > 1:
-            raise UsageError(f"--linear_probing needs the same options in every row, which {self.task.name} has not")
-
     def foresee(self) -> memory.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""
         args, cpu = self.args, self.args.device.type == "cpu"
         new = args.max_new_tokens if self.task and self.task.generation else 0
-        rule = lambda tokens: copies(tokens, 2 * args.zo_queries, cpu, args.mode != "ft", args.zo_batched)  # noqa: E731
+        adapted = args.lora or args.xgblora or args.prefix_tuning
+
+        def rule(tokens: int) -> int:
+            return copies(tokens, 2 * args.zo_queries, cpu, adapted, args.zo_batched)
+
         return memory.foresee(args, self.config, self.trained, self.evaluated, rule, new)
 
-    # ---- prompts and scores ----
-
-    def examples(self, samples, demonstrations=(), sfc=False, icl_sfc=False, gold=True) -> list[scoring.Example]:
-        """Samples as token ids; `demonstrations` is one list for all samples, or a list of lists, one a sample.
-
-        Where answers are generated, `gold` puts the right one behind the prompt.
-        """
-        each = demonstrations if demonstrations and isinstance(demonstrations[0], list) else None
-        new = self.args.max_new_tokens if self.task.generation else None
-        made, cuts = [], 0
-        for i, sample in enumerate(samples):
-            if self.task.kind == TEXT:
-                where = f"task {self.task.name}, example {sample.id}"
-                ids, learned, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
-                made.append(scoring.Example([ids], [len(learned)], targets=[learned]))
-            else:
-                shots = each[i] if each else demonstrations
-                encodings, option_lens, cut = prompt_tokens(
-                    self.task, self.template, shots, sample, self.tokenizer, self.max_length, sfc, icl_sfc,
-                    self.task.generation, self.task.generation and gold, new,
-                )  # fmt: skip
-                made.append(scoring.Example(encodings, option_lens, self.label(sample)))
-            cuts += cut > 0
-            top = max(map(max, made[-1].encodings))
-            if top >= self.vocabulary:
-                raise UsageError(
-                    f"--model_name {self.args.model_name}: its tokenizer gives id {top}, but the model knows "
-                    f"{self.vocabulary} tokens: the tokenizer is of another model"
-                )
-        if cuts:
-            logger.info("%d of %d prompts are longer than %d tokens: cut on the left", cuts, len(made), self.max_length)
-        return made
-
-    def label(self, sample) -> int:
-        """Index of the right candidate, the first of them where several are right."""
-        if self.task.kind != OPTIONS:
-            return 0
-        right = sample.correct_candidate
-        right = right if isinstance(right, list) else [right]
-        return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
+    # ---- scores ----
 
     def rows(self, samples, demonstrations=()) -> Rows:
-        """What an evaluation on these samples needs, as token ids: bad prompts show before anything is trained."""
-        args, prior = self.args, None
-        if args.sfc or args.icl_sfc:
-            prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
-        examples = self.examples(samples, demonstrations, gold=False)
-        self.evaluated += examples
-        return Rows(samples, examples, prior)
+        """What an evaluation on these samples needs."""
+        rows = self.prompts.rows(samples, demonstrations)
+        self.evaluated += rows.examples
+        return rows
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
         """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum; with
@@ -266,7 +188,7 @@ class Framework:
 
     def fit_probe(self, train_samples) -> None:
         """`--linear_probing`: fit on the training rows; no weight of the model changes."""
-        args, examples = self.args, self.examples(train_samples)
+        args, examples = self.args, self.prompts.examples(train_samples)
         states = probe.states(self.model, examples, self.plain, progress=not args.disable_tqdm)
         self.probe = Probe(states, [x.label for x in examples], args.lp_early_stopping, args.seed)
 
@@ -277,13 +199,6 @@ class Framework:
         value = self.objective([one["prediction"] for one in found], [one["gold"] for one in found])
         return torch.tensor(-float(value))
 
-    def learned(self, samples) -> list[scoring.Example]:
-        """Samples as the training loss takes them."""
-        examples, args = self.examples(samples), self.args
-        if args.train_as_classification:
-            return examples
-        return [language_modelling(x, args.only_train_option) for x in examples]
-
     def train(self, train_samples, dev_rows: Rows, output_dir: Path, signals=None) -> None:
         """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked).
 
@@ -291,8 +206,8 @@ class Framework:
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        self.trained = examples = self.learned(train_samples)
-        dev_examples = self.learned(dev_rows.samples) if args.xgblora_adaptive else []
+        self.trained = examples = self.prompts.learned(train_samples)
+        dev_examples = self.prompts.learned(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]
             if len({str(sample.correct_candidate) for sample in every}) == 1:
@@ -396,9 +311,3 @@ class Framework:
         _ = self.model  # loading it makes the adapters
         lost = self.lora_module.export(directory, self.args.export_rank)
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
-
-
-def language_modelling(example: scoring.Example, only_option: bool) -> scoring.Example:
-    """The right option alone, to be trained as text: its own tokens, or all tokens behind the first."""
-    ids = example.encodings[example.label]
-    return scoring.Example([ids], [example.option_lens[example.label] if only_option else len(ids) - 1])

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from lora import layer_choice
 from methods import get_method
-from tasks import Own
+from tasks import GENERATION, OPTIONS, TEXT, Own
 from utils import UsageError
 
 
@@ -139,3 +139,32 @@ def check(args) -> None:
             raise UsageError(f"--{name} is {value}, but must be a positive number")
     if args.learning_rate is not None and not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
         raise UsageError(f"--learning_rate is {args.learning_rate}, but must be a number, 0 or more")
+
+
+def fit(args, task) -> None:
+    """Raise UsageError for choices that this task has no use for; `--non_diff` becomes the objective of its kind."""
+    if task.kind != OPTIONS:
+        for flag in ("train_as_classification", "sfc", "icl_sfc"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag} is for tasks with candidates, but {task.name} has none")
+    if task.kind == TEXT and args.trainer == "none" and args.num_train:
+        raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
+    if args.objective == "auto":
+        args.objective = "accuracy" if task.kind == OPTIONS else "f1"
+    fits = {"accuracy": (OPTIONS,), "f1": (GENERATION,), "em": (GENERATION,)}
+    if args.objective and task.kind not in fits.get(args.objective, (OPTIONS, GENERATION)):
+        raise UsageError(f"--objective {args.objective} is not for {task.name}, whose metric is {task.metric_name}")
+    if args.linear_probing:  # a probe has one output an option
+        some = task.samples["train"]
+        options = {tuple(map(str, some[i].candidates or ())) for i in range(min(len(some), 50))}
+        if task.kind != OPTIONS or len(options) > 1:
+            raise UsageError(f"--linear_probing needs the same options in every row, which {task.name} has not")
+
+
+def fit_prefix(args) -> None:
+    """Raise UsageError for choices that a saved prefix (`--adapter`) has no use for."""
+    for flag in ("lora", "xgblora", "boosters", "staged", "export_rank", "save_merged", "xgblora_ensemble"):
+        if getattr(args, flag) not in (None, False, 0):
+            raise UsageError(f"--{flag} is for LoRA adapters, but --adapter {args.adapter} is a prefix")
+    if args.trainer != "none" and not args.prefix_tuning:
+        raise UsageError(f"--adapter {args.adapter} is a prefix: --trainer {args.trainer} goes on with --prefix_tuning")

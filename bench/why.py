@@ -102,7 +102,7 @@ def main() -> None:
     for name, (flags, eps) in FORMS.items():
         made = run.Framework(run.parse(f"{COMMON} {flags}".split()), run.get_task("Reviews", STARTER))
         rows = made.task.sample_subset("train", 0, ROWS + 400)
-        examples = made.examples(rows)
+        examples = made.prompts.examples(rows)
         look, learn = examples[:ROWS], examples[ROWS:]
         made.model.requires_grad_(False)
         made.lora_module.require_grad()

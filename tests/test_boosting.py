@@ -13,7 +13,7 @@ import adapters
 import checkpoint
 import scoring
 from arguments import parse
-from framework import language_modelling
+from prompts import language_modelling
 from trainer import OurTrainer
 from trajectory import Trajectory
 from zo import ZerothOrder
@@ -231,9 +231,9 @@ def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):  # noqa:
 def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: F811
     made = framework(ADAPT, rows=28, dev=4)
     rows = made.task.sample_subset("train", 0, 32)[28:]
-    expected = scoring.loss(made.model, scoring.pack(made.examples(rows)), True).item()
+    expected = scoring.loss(made.model, scoring.pack(made.prompts.examples(rows)), True).item()
     assert made.trainer.dev_loss() == pytest.approx(expected, abs=1e-5)
-    text = [language_modelling(x, True) for x in made.examples(rows)]
+    text = [language_modelling(x, True) for x in made.prompts.examples(rows)]
     expected = scoring.loss(made.model, scoring.pack(text), False).item()
     assert scoring.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
 

@@ -126,8 +126,8 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
 @pytest.mark.parametrize(
     "flags, largest, words",
     [
-        ("", "weights", ["--load_bfloat16"]),
-        ("--load_bfloat16", "weights", ["is the model"]),
+        ("", "weights", ["--load_bfloat16", "--load_int8"]),
+        ("--load_bfloat16 --load_int8", "weights", ["is the model"]),
         ("--trainer regular --load_bfloat16", "optimizer", ["--lora", "--trainer zo"]),
         ("--trainer regular --lora", "activations",
          ["--per_device_train_batch_size", "--max_length", "--gradient_checkpointing", "--load_bfloat16"]),
@@ -137,7 +137,6 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
 def test_too_little_memory_names_what_to_lower(flags, largest, words):
     parts = dict.fromkeys(memory.FLAGS, 1e6) | {largest: 5e6}
     args = parsed(flags)
-    vars(args).setdefault("load_int8", True)
     said = memory.Estimate(**parts, process=1e6, free=8e6).warning(args)
     assert said.startswith("this run needs about 9 MB, but 8 MB are free") and f"({largest}, 5 MB)" in said
     assert all(word in said for word in words), said

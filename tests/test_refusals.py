@@ -39,7 +39,28 @@ def refused(model_dir, data_dir, tmp_path, monkeypatch, capsys):
 FLAGS = {
     "--task_name Nonsense": ("Nonsense", "SST2"),
     "--xgblora --prefix_tuning": ("--xgblora", "--prefix_tuning"),
-    "--prefix_tuning": ("--prefix_tuning",),
+    "--prefix_tuning": ("--prefix_tuning", "--trainer"),
+    "--trainer zo --lora --prefix_tuning": ("--lora", "--prefix_tuning"),
+    "--trainer zo --prefix_tuning --num_prefix 0": ("--num_prefix",),
+    "--trainer regular --prefix_tuning --gradient_checkpointing": ("--prefix_tuning", "--gradient_checkpointing"),
+    "--trainer zo --prefix_tuning --save_merged": ("--prefix_tuning", "--save_merged"),
+    "--trainer zo --prefix_tuning --lora_freeze_a": ("--lora_freeze_a", "--lora"),
+    "--trainer zo --prefix_tuning --zo_method ar1-zo": ("ar1-zo", "--lora"),
+    "--head_tuning": ("--head_tuning", "--trainer"),
+    "--trainer zo --head_tuning --lora": ("--head_tuning", "--lora"),
+    "--trainer zo --lora --untie_emb": ("--untie_emb",),
+    "--linear_probing --trainer zo": ("--linear_probing",),
+    "--linear_probing --sfc": ("--linear_probing", "--sfc"),
+    "--linear_probing --save_model": ("--linear_probing", "--save_model"),
+    "--lp_early_stopping": ("--lp_early_stopping", "--linear_probing"),
+    "--objective accuracy": ("--objective", "--trainer zo"),
+    "--trainer zo --objective bleu": ("--objective bleu", "accuracy, f1, em"),
+    "--trainer zo --non_diff --train_as_classification": ("--objective", "--train_as_classification"),
+    "--load_int8 --load_int4": ("--load_int8", "--load_int4"),
+    "--load_int8 --model_name some.gguf": ("--load_int8", ".gguf"),
+    "--load_int8 --trainer zo": ("--load_int8", "--lora"),
+    "--load_int4 --trainer zo --xgblora": ("--load_int4", "--xgblora_ensemble"),
+    "--load_int4 --trainer zo --lora --save_merged": ("--load_int4", "--save_merged"),
     "--load_float16 --load_bfloat16": ("--load_float16", "--load_bfloat16"),
     "--trainer zo --fp16": ("--trainer zo", "--fp16"),
     "--trainer zo --deepspeed x.json": ("--trainer zo", "--deepspeed"),
@@ -222,12 +243,12 @@ def test_the_process_says_one_line_and_exits_with_2(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("mode", ["prefix", "nonsense"])
-def test_mezo_sh_refuses_modes_that_are_not_there(mode):
+@pytest.mark.parametrize("script", ["mezo.sh", "finetune.sh"])
+def test_scripts_refuse_modes_that_are_not_there(script):
     done = subprocess.run(
-        ["bash", str(ROOT / "mezo.sh")], env={**os.environ, "MODE": mode}, capture_output=True, text=True
+        ["bash", str(ROOT / script)], env={**os.environ, "MODE": "nonsense"}, capture_output=True, text=True
     )
-    assert done.returncode == 2 and mode in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "nonsense" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # ---- files ----
