@@ -62,15 +62,14 @@ class Estimate:
         if self.needed <= self.free:
             return None
         part = max(FLAGS, key=lambda name: getattr(self, name))
-        flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args))
-        said = f"this run needs about {self.needed / 1e6:,.0f} MB, but {self.free / 1e6:,.0f} MB are free; most of it "
-        said += f"({part}, {getattr(self, part) / 1e6:,.0f} MB) "
+        flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args, args.trainer == "regular"))
+        most, sizes = getattr(self, part), f"{self.needed / 1e6:,.0f} MB, but {self.free / 1e6:,.0f} MB are free"
+        said = f"this run needs about {sizes}; most of it ({part}, {most / 1e6:,.0f} MB) "
         return said + (f"gets less with {flags}" if flags else "is the model")
 
 
-def helps(flag: str, args) -> bool:
+def helps(flag: str, args, regular: bool) -> bool:
     """Whether a flag exists, means something to this run and is not taken yet."""
-    regular = args.trainer == "regular"
     return {
         "load_bfloat16": args.dtype.itemsize > 2,
         "load_int8": not getattr(args, "load_int8", True) and (args.trainer == "none" or args.mode != "ft"),
@@ -122,9 +121,9 @@ def activations(args, model: Shape, learned, evaluated, copies: Callable[[int], 
     if learned:
         batch = args.per_device_train_batch_size
         steps = args.max_steps * args.gradient_accumulation_steps
-        p = training_pack(
-            learned, batch, steps if steps > 0 else math.ceil(args.num_train_epochs * len(learned) / batch)
-        )
+        if steps <= 0:
+            steps = math.ceil(args.num_train_epochs * len(learned) / batch)
+        p = training_pack(learned, batch, steps)
         if regular:
             held.append(backward * kept(model, p, size, args.mode == "ft", args.gradient_checkpointing))
         else:

@@ -2,13 +2,11 @@
 
     python bench/memory.py [--long DIR]
 
-`--long DIR`: a data directory with BoolQ, for two rows with long inputs; without it the last rows are 16
-demonstrations in front of each sentence.
+`--long DIR`: a data directory with BoolQ, for three more runs on long inputs.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -51,9 +49,7 @@ def main() -> None:
                 command = f"{ROOT}/run.py --model_name {args.model_name} --data_dir {data} --task_name {task} {flags}"
                 command += f" --num_eval 64 --load_bfloat16 {dtype == 'bfloat16'} --save_strategy no"
                 command += f" --result_file {folder}/result.json --output_dir {folder}/out --disable_tqdm True"
-                subprocess.run(
-                    [sys.executable, *command.split()], cwd=ROOT, env=dict(os.environ), capture_output=True, check=True
-                )
+                subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, check=True)
                 result = json.loads(Path(folder, "result.json").read_text())
             estimate, peak = result.get("estimated_memory_mb", 0), result["peak_memory_mb"]
             print(f"{name:24} {dtype:9} {estimate:8} {peak:8} {estimate / peak:6.2f}", flush=True)
