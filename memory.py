@@ -72,7 +72,7 @@ def helps(flag: str, args, regular: bool) -> bool:
     """Whether a flag exists, means something to this run and is not taken yet."""
     return {
         "load_bfloat16": args.dtype.itemsize > 2,
-        "load_int8": not getattr(args, "load_int8", True) and (args.trainer == "none" or args.mode != "ft"),
+        "load_int8": not args.load_int8 and (args.trainer == "none" or args.mode != "ft"),
         "per_device_train_batch_size": args.trainer != "none" and args.per_device_train_batch_size > 1,
         "max_length": True,
         "gradient_checkpointing": regular and not args.gradient_checkpointing,
@@ -137,7 +137,7 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     so many tokens serves; `file`: bytes an element in the file; `new`: tokens of generated answers, where they are."""
     cpu, size = args.device.type == "cpu", args.dtype.itemsize
     # bitsandbytes: a byte an element and a scale in fp32 a row; half a byte (NF4) and a quantised scale for 64 elements
-    packed = 1 if getattr(args, "load_int8", False) else 0.5 + 1 / 64 if getattr(args, "load_int4", False) else 0
+    packed = 1 if args.load_int8 else 0.5 + 1 / 64 if args.load_int4 else 0
     weights = float(model.parameters * size)
     if packed:
         weights += sum(o * i * (packed - size) + 4 * o * (packed == 1) for o, i in model.linear.values())
@@ -145,7 +145,7 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     wanted = [[word.strip() for word in args.lora_targets.split(",")]] if args.lora_targets else TARGETS
     targets = [model.linear[name] for name in next(filter(None, map(model.find, wanted)), [])]
     lora = sum((out + into) * max(args.ranks or [args.lora_r]) for out, into in targets)
-    prefix = model.cached() * getattr(args, "num_prefix", 0)
+    prefix = model.cached() * args.num_prefix
     adapter = 4.0 * {"lora": lora, "xgblora": lora, "prefix": prefix}.get(args.mode, 0)
     trained = {"ft": model.parameters, "head": model.vocabulary * model.widths()[1]}.get(args.mode, 0) * size + adapter
     if args.trainer == "regular":  # a gradient and Adam's two moments, in the dtype of what is trained

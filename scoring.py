@@ -328,7 +328,7 @@ def batches(forest: Sequence[Tree], tokens: int, reads: int, padded: bool = Fals
 @torch.inference_mode()
 def score(
     model: nn.Module, examples: Sequence[Example], budget: int = TOKENS, plain: bool = False, progress: bool = False,
-    read: Callable = option_sums,
+    read: Callable | None = None,
 ) -> list[list[float]]:  # fmt: skip
     """Log-probability of each option of each example, in input order; the model is left in eval mode. `read` may take
     something else of each option than its log-probability.
@@ -349,7 +349,7 @@ def score(
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
         for group in batches(trees(examples, plain, start), budget, READS, padded=plain):
             batch = {name: tensor.to(device) for name, tensor in layout(examples, group, plain).items()}
-            sums |= zip(options(group), read(model, batch, cache)[0].tolist(), strict=True)
+            sums |= zip(options(group), (read or option_sums)(model, batch, cache)[0].tolist(), strict=True)
             bar.update(sum(k == 0 for _, k in options(group)))
     scores = [[sums[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
     if any(value != value for values in scores for value in values):
