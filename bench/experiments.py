@@ -142,7 +142,7 @@ def grid() -> list[Arm]:
             Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
             Arm("start", "linear probing", probing, steps=0, task=task),
             Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
-            Arm("methods", "MeZO-LoRA r 8 at its best", f"{rank8} 1e-3", seeds=CONFIRM, task=task),
+            Arm("methods", "MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", seeds=CONFIRM, task=task),
         )),
     ]  # fmt: skip
 
