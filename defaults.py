@@ -9,6 +9,7 @@ DEFAULTS = {
     ("zo", "ft", False, False): (1e-6, 1e-3),
     ("zo", "head", False, False): (1e-6, 1e-3),
     ("zo", "prefix", False, False): (1e-2, 1e-1),
+    ("zo", "prefix", True, False): (None, 1e-1),  # nobody has searched for it
     ("zo", "lora", False, False): (5e-5, 1e-2),
     ("zo", "lora", False, True): (1e-3, 1e-2),
     ("zo", "lora", True, False): (1e-3, 1e-2),

@@ -75,6 +75,9 @@ def check(args) -> None:
         "--export_rank needs --lora, --xgblora or --adapter": args.export_rank and not (lora or args.adapter),
         "--zo_normalize needs --trainer zo and --lora, --xgblora or --prefix_tuning": args.zo_normalize
         and not (zo and adapters),
+        "--zo_normalize with --prefix_tuning has no default rate: give --learning_rate": args.zo_normalize
+        and args.prefix_tuning
+        and args.learning_rate is None,
         "--lora_freeze_a needs --trainer zo and --lora or --xgblora": args.lora_freeze_a and not (zo and lora),
         "--template and the other flags of own data need --task_name own": args.own != Own()
         and args.task_name != "own",

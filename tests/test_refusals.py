@@ -43,6 +43,7 @@ FLAGS = {
     "--trainer zo --lora --prefix_tuning": ("--lora", "--prefix_tuning"),
     "--trainer zo --prefix_tuning --num_prefix 0": ("--num_prefix",),
     "--trainer regular --prefix_tuning --gradient_checkpointing": ("--prefix_tuning", "--gradient_checkpointing"),
+    "--trainer zo --prefix_tuning --zo_normalize": ("--zo_normalize", "--learning_rate"),
     "--trainer zo --prefix_tuning --save_merged": ("--prefix_tuning", "--save_merged"),
     "--trainer zo --prefix_tuning --lora_freeze_a": ("--lora_freeze_a", "--lora"),
     "--trainer zo --prefix_tuning --zo_method ar1-zo": ("ar1-zo", "--lora"),
