@@ -234,3 +234,17 @@ def test_adapters_train_on_a_quantised_base(go, big_enough, flags):  # noqa: F81
 def test_a_merge_into_quantised_weights_is_refused_with_the_way_out(big_enough):
     with pytest.raises(UsageError, match="xgblora_ensemble"):
         LoRA(models.read_model(str(big_enough), torch.float32, bits=8), 1, 16, xgblora=True)
+
+
+# ---- back-propagation ----
+
+
+@pytest.mark.parametrize("mode", ["", "--lora", "--xgblora --xgblora_steps_per_iteration 2"])
+def test_gradient_checkpointing_and_bf16_train_the_same(go, mode):  # noqa: F811
+    run = f"--trainer regular {mode} --max_steps 4 --learning_rate 1e-3 --save_model"
+    losses = [
+        go(f"{run} {more} --output_dir {i}")["loss"]
+        for i, more in enumerate(("", "--gradient_checkpointing", "--bf16 --use_cpu"))
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=0.05)
+    assert losses[0] != go("--trainer none --num_train 0")["loss"]
