@@ -50,6 +50,7 @@ INCIDENTAL = {
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir", "data_seed",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "num_train_sets", "logging_dir", "do_eval",
+    "zo_parallel", "rank_check_steps", "ddp_timeout", "ddp_backend", "local_rank",
 }  # fmt: skip
 # The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
 REPLAYED = {

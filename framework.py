@@ -20,7 +20,9 @@ import checkpoint
 import generation
 import metrics
 import models
+import parallel
 import scoring
+import shares
 import staged
 from arguments import OurArguments
 from defaults import INCIDENTAL, REPLAYED
@@ -142,7 +144,7 @@ class Framework:
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
         """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum."""
-        score = functools.partial(scoring.score, self.model, plain=self.plain)
+        score = functools.partial(shares.score, self.model, plain=self.plain)
         sums = score(rows.examples, progress=progress)
         if rows.prior is None:
             lens = [x.option_lens for x in rows.examples]
@@ -159,10 +161,14 @@ class Framework:
         golds = [sample.correct_candidate for sample in rows.samples]
         if self.task.kind == GENERATION:
             prompts = [x.encodings[0] for x in rows.examples]
-            answers = generation.generate(
-                self.model, self.tokenizer, prompts, args.eos_token, args.max_new_tokens, cached=not self.plain,
-                seed=args.seed, progress=progress, **args.generating,
+            answer = functools.partial(
+                generation.generate, self.model, self.tokenizer, eos_token=args.eos_token,
+                max_new_tokens=args.max_new_tokens, cached=not self.plain, seed=args.seed + parallel.rank(),
+                progress=progress, **args.generating,
             )  # fmt: skip
+            answers = shares.divided(
+                prompts, [len(p) for p in prompts], lambda some: answer([prompts[i] for i in some])
+            )
             found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
         else:
             found = []
@@ -218,11 +224,7 @@ class Framework:
             if len({str(sample.correct_candidate) for sample in every}) == 1:
                 raise UsageError(f"all {len(every)} training rows have one label: there is nothing to tell apart")
         settings = self.settings(train_samples, dev_rows.samples)
-        if args.overwrite:
-            checkpoint.clear(output_dir)
-        found = checkpoint.newest(output_dir)
-        if found:
-            checkpoint.refuse_other_run(found, settings)
+        found = parallel.first(functools.partial(earlier, args, output_dir, settings))
         model = self.model
         self.trainer = trainer = OurTrainer(
             model=model,
@@ -230,10 +232,16 @@ class Framework:
             train_dataset=examples,
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
-            data_collator=functools.partial(scoring.pack, plain=self.plain),
+            data_collator=shares.Share(
+                functools.partial(scoring.pack, plain=self.plain),
+                functools.partial(shares.weight, classification=args.train_as_classification),
+                divides=args.zo_parallel == "data",
+            ),
             loss_fn=functools.partial(scoring.loss, classification=args.train_as_classification),
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: scoring.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
+            dev_loss_fn=lambda model: scoring.mean_loss(
+                model, dev_examples, args.train_as_classification, self.plain, shares.score
+            ),
             settings=settings,
             signals=signals,
         )
@@ -247,8 +255,9 @@ class Framework:
                 trainer.check()
             if found:
                 logger.info("going on from %s", found)
-            (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+            if parallel.leads():
+                (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
+            trainer.train(resume_from_checkpoint=found)
             if trainer.signals.received:
                 trainer.refuse_unsaved()
             trainer.signals.check()
@@ -293,6 +302,7 @@ class Framework:
         if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         kept["batch"] = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
+        kept["batch"] *= self.args.shares  # other ranks that share the same batch are the same run
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
@@ -310,6 +320,16 @@ class Framework:
         _ = self.model  # loading it makes the adapters
         lost = self.lora_module.export(directory, self.args.export_rank)
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
+
+
+def earlier(args: OurArguments, output_dir: Path, settings: dict) -> str | None:
+    """The checkpoint that a run goes on from; raises UsageError where it is another run's."""
+    if args.overwrite:
+        checkpoint.clear(output_dir)
+    found = checkpoint.newest(output_dir)
+    if found:
+        checkpoint.refuse_other_run(found, settings)
+    return str(found) if found else None
 
 
 def language_modelling(example: scoring.Example, only_option: bool) -> scoring.Example:
