@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -84,13 +86,22 @@ def hidden() -> Iterator[None]:
 
 def start(timeout: float) -> None:
     """Meet the other ranks, where there are any; an exchange of more than `timeout` seconds fails."""
-    if expected() == 1 or dist.is_initialized():
+    if expected() == 1:
         return
-    with lost():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
-    atexit.register(dist.destroy_process_group)
+    if "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"WORLD_SIZE is {expected()}, but nothing says where the other ranks are: start with torchrun")
+    if not dist.is_initialized():
+        limit = datetime.timedelta(seconds=timeout)
+        with lost():
+            store, number, ranks = next(dist.rendezvous("env://", timeout=limit))
+            # torchrun's store outlives the ranks that it starts again: they would find the addresses of the dead.
+            store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=limit)
+        atexit.register(dist.destroy_process_group)
     if not leads():
         logging.getLogger().setLevel(logging.ERROR)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
 
 # ---- exchanges ----
@@ -103,7 +114,7 @@ def lost() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"^\[.*?\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
         raise PeerLost(
             f"another rank died or does not answer ({reason}); the same command goes on from the last checkpoint"
         ) from error
@@ -248,7 +259,7 @@ class Diverged(RuntimeError):
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> float:
-    """48 bits of a hash of the sums of blocks of the tensors' bits, which is fast where the tensors are."""
+    """48 bits of a hash of the sums of blocks of the tensors' bits, fast wherever the tensors are."""
     digest = hashlib.sha256()
     for t in tensors:
         if not t.is_meta:
