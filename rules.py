@@ -78,6 +78,7 @@ def check(args) -> None:
         "--prefix_tuning is not available yet": args.prefix_tuning,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
         and args.zo_queries < ranks,
+        "--fsdp under torchrun is not available yet: each rank holds the whole model": args.fsdp and ranks > 1,
         "--zo_parallel queries needs --trainer zo": args.zo_parallel == "queries" and not zo,
         "--replay runs in one process: start it without torchrun": args.replay and ranks > 1,
         "--resume_from_checkpoint is not needed: the same command goes on by itself": args.resume_from_checkpoint,
