@@ -225,6 +225,7 @@ class Framework:
                 raise UsageError(f"all {len(every)} training rows have one label: there is nothing to tell apart")
         settings = self.settings(train_samples, dev_rows.samples)
         found = parallel.first(functools.partial(earlier, args, output_dir, settings))
+        parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
         model = self.model
         self.trainer = trainer = OurTrainer(
             model=model,
@@ -262,7 +263,7 @@ class Framework:
                 trainer.refuse_unsaved()
             trainer.signals.check()
         trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
-        if args.save_model:
+        if args.save_model and parallel.leads():
             trainer.save_model(str(output_dir))
         trainer.refuse_unsaved()
         model.eval()

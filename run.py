@@ -177,7 +177,8 @@ def main(argv=None) -> int:
         said = explanation(error)
         if not said:
             raise
-        say(f"error: {said}", alone=not isinstance(error, SAID))
+        lost = isinstance(error, parallel.PeerLost) and parallel.rank() == 1  # rank 0 itself, perhaps
+        say(f"error: {said}", alone=lost or not isinstance(error, SAID))
         return 2 if isinstance(error, UsageError | pickle.UnpicklingError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0

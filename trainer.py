@@ -170,7 +170,11 @@ class OurTrainer(Trainer):
         """`--zo_cache_activations`: run the bottom on every training row, once for the whole run."""
         layers, first = self.lora_module.lowest
         ranks = (parallel.rank(), parallel.size()) if self.args.shares > 1 else (0, 1)
-        self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain, *ranks)
+
+        def fill():
+            self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain, *ranks)
+
+        parallel.together(fill)
         self.train_dataset = self.store.examples
         self.data_collator.stored = True
 
