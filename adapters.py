@@ -202,15 +202,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UsageError(f"{path}: {error}") from error
 
 
-def adapter_config(directory) -> dict:
-    """The `adapter_config.json` of a PEFT LoRA adapter; raises UsageError for what we can't apply as it was meant."""
+def read_config(directory) -> dict:
+    """The `adapter_config.json` of a PEFT adapter, with its `peft_type`; raises UsageError where there is none."""
     path = Path(directory) / CONFIG
     try:
         config = json.loads(path.read_text())
-        kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
+        _ = config["peft_type"]
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT LoRA adapter") from error
+        raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT adapter") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not the configuration of an adapter ({error!r})") from error
+    return config
+
+
+def adapter_config(directory) -> dict:
+    """The `adapter_config.json` of a PEFT LoRA adapter; raises UsageError for what we can't apply as it was meant."""
+    path, config = Path(directory) / CONFIG, read_config(directory)
+    try:
+        kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
+    except KeyError as error:
         raise UsageError(f"{path}: not the configuration of a LoRA adapter ({error!r})") from error
     numbers = [config["r"], config["lora_alpha"]]
     if not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) or type(config["r"]) is not int:

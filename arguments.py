@@ -14,10 +14,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import parallel
 import rules
-from defaults import RECIPES, published
+from defaults import RECIPES, published, settings_block, warnings
 from metrics import LOWER
 from tasks import TASKS, Own
-from utils import UsageError, cpu_has_bf16
+from utils import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class OurArguments(TrainingArguments):
     model_name: str = flag("facebook/opt-125m", "model", "hub name, model directory or .gguf file")
     load_float16: bool = flag(False, "model", "load the weights in float16 (default: float32)")
     load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
+    load_int8: bool = flag(False, "model", "quantise the Linear layers to 8 bits (bitsandbytes); train adapters only")
+    load_int4: bool = flag(False, "model", "quantise them to 4 bits (NF4); train adapters only")
     trust_remote_code: bool = flag(
         False, "model", "run the code that comes with a model; without it such a model is refused"
     )
@@ -84,6 +86,11 @@ class OurArguments(TrainingArguments):
     trainer: str = flag("none", "training", "none, regular (back-propagation) or zo", choices=["none", "regular", "zo"])
     only_train_option: bool = flag(True, "training", "the loss reads the option's tokens only, not the prompt's")
     train_as_classification: bool = flag(False, "training", "the loss is cross-entropy over the options")
+    objective: str | None = flag(
+        None, "training", "zo: what steps raise, no gradient needed: accuracy, f1, em, or file.py:name, a function of "
+        "(predictions, right answers)",
+    )  # fmt: skip
+    non_diff: bool = flag(False, "training", "--objective f1 where answers are generated, accuracy elsewhere")
     zo_eps: float | None = flag(None, "training", "perturbation ε of zo (default: by mode)")
     zo_normalize: bool = flag(False, "training", "divide g by the root of its running mean square")
     zo_queries: int = flag(1, "training", "directions a step, whose updates are averaged")
@@ -162,7 +169,18 @@ class OurArguments(TrainingArguments):
     zo_cache_activations: bool = flag(
         False, "training", "with --xgblora_layers top:N: run the layers below once per training row, and keep that"
     )
-    prefix_tuning: bool = flag(False, "adapters", "not available yet: refused")
+    prefix_tuning: bool = flag(False, "adapters", "train keys and values in front of every layer's own")
+    num_prefix: int = flag(5, "adapters", "tokens of the prefix")
+    no_reparam: bool = flag(True, "adapters", "train the prefix itself; False: a small network that makes it")
+    prefix_init_by_real_act: bool = flag(
+        True, "adapters", "without reparametrisation: start the prefix from the keys and values of random tokens"
+    )
+    head_tuning: bool = flag(False, "adapters", "train the head only (and with it the embedding, where they are tied)")
+    untie_emb: bool = flag(False, "adapters", "give the head weights of its own first")
+    linear_probing: bool = flag(
+        False, "adapters", "fit a logistic regression on the last hidden state of the training rows; no other training"
+    )
+    lp_early_stopping: bool = flag(False, "adapters", "with --linear_probing: stop at a tolerance of 1e-2")
 
     learning_rate: float | None = flag(None, "training", "step size (default: by trainer and mode)")
     lr_scheduler_type: str | None = flag(
@@ -179,7 +197,11 @@ class OurArguments(TrainingArguments):
         if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
             self.zo_cache_activations = False
         zo = self.trainer == "zo"
-        self.mode = "xgblora" if self.xgblora else "lora" if self.lora else "ft"
+        modes = {"xgblora": self.xgblora, "lora": self.lora, "prefix": self.prefix_tuning, "head": self.head_tuning}
+        modes |= {"probe": self.linear_probing, "ft": True}
+        self.mode = next(mode for mode, on in modes.items() if on)
+        if self.non_diff and not self.objective:
+            self.objective = "auto"
         rules.check(self)
         if self.ranks or self.lora_r is None:
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
@@ -226,27 +248,11 @@ class OurArguments(TrainingArguments):
     local_process_index = process_index  # what one rank does alone, rank 0 does, and not one of each node
 
     def announce(self) -> None:
-        """The settings that matter, as they took effect, and the fast dtype of this machine."""
-        logger.info("task %s, model %s in %s, mode %s, trainer %s, seed %d", self.task_name, self.model_name,
-                    str(self.dtype).removeprefix("torch."), self.mode, self.trainer, self.seed)  # fmt: skip
-        if self.trainer != "none":
-            logger.info("learning rate %g (%s), eps %s, batch %d", self.learning_rate, self.lr_scheduler_type.value,
-                        self.zo_eps, self.train_batch_size)  # fmt: skip
-        if parallel.size() > 1:
-            logger.info("%d ranks divide the %s", parallel.size(), "batch" if self.shares > 1 else "queries")
-        if self.lora or self.xgblora:
-            ranks = self.xgblora_rank_schedule or self.lora_r
-            only = ", B only" if self.lora_freeze_a else ""
-            logger.info("adapters: rank %s, alpha %g%s, layers %s", ranks, self.lora_alpha, only, self.xgblora_layers)
-        if self.xgblora and self.lora:
-            logger.info("--xgblora takes the place of --lora")
-        if self.device.type == "cpu":
-            fast = cpu_has_bf16()
-            if fast != self.load_bfloat16:
-                name = "--load_bfloat16" if fast else "float32 (no --load_bfloat16)"
-                logger.info(
-                    "this CPU %s bfloat16 in hardware: %s is the fast choice here", "has" if fast else "has no", name
-                )
+        """The settings that matter, as they took effect, in one block; then what looks like a mistake."""
+        width = max(map(len, block := settings_block(self)))
+        logger.info("\n".join(f"{name:{width}}  {value}" for name, value in block.items()))
+        for line in warnings(self):
+            logger.warning(line)
 
     def choose_best_by(self, metric: str) -> None:
         """Take the task's metric to choose the best checkpoint by, where no flag says otherwise."""
@@ -281,6 +287,16 @@ class OurArguments(TrainingArguments):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.load_float16 else torch.bfloat16 if self.load_bfloat16 else torch.float32
+
+    @property
+    def bits(self) -> int | None:
+        """Of the Linear layers' weights, where they are quantised."""
+        return 8 if self.load_int8 else 4 if self.load_int4 else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the training rows are learned from; otherwise they are demonstrations."""
+        return self.trainer != "none" or self.linear_probing
 
     @property
     def model_label(self) -> str:

@@ -28,14 +28,18 @@ class _Reached(Exception):
 
 
 class Passed(nn.Module):
-    """Stands in the place of a decoder layer and hands on the hidden states."""
+    """Stands in the place of a decoder layer and hands on the hidden states, [1, R, N, D] or [R, N, D].
+
+    Some models take what a layer gives as the hidden states, others (Falcon, BLOOM, GPT-J) take `[0]` of it. An axis
+    in front serves both: it is still there, or it is gone.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.attention_type = getattr(layer, "attention_type", None)  # what some models choose a mask by
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        return hidden_states
+        return hidden_states if hidden_states.dim() == 4 else hidden_states[None]
 
 
 def reached(layer: nn.Module, forward: Callable) -> Tensor | None:
@@ -62,7 +66,7 @@ def given(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
 
     def hand_over(module, args, kwargs):
         rows = args[0] if args else kwargs["hidden_states"]
-        states = hidden.repeat(len(rows) // len(hidden), 1, 1)
+        states = hidden.repeat(rows.shape[-3] // len(hidden), 1, 1)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     below = list(layers[:first])

@@ -1,10 +1,14 @@
 """What a choice defaults to where that depends on other choices, and which choices make a run another run."""
 
-# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full and LoRA: published (MeZO, Table 15).
-# XGBLoRA and the last two switches: found on the starter model at scaling alpha/r = 16 (bench/RESULTS.md).
+from utils import cpu_has_bf16
+
+# (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full, prefix and LoRA as published (MeZO,
+# Table 15). XGBLoRA and the last two switches: found on the starter model at alpha/r = 16 (bench/RESULTS.md).
 SCALING = 16  # alpha / rank that the entries with B alone belong to
 DEFAULTS = {
     ("zo", "ft", False, False): (1e-6, 1e-3),
+    ("zo", "head", False, False): (1e-6, 1e-3),
+    ("zo", "prefix", False, False): (1e-2, 1e-1),
     ("zo", "lora", False, False): (5e-5, 1e-2),
     ("zo", "lora", False, True): (1e-3, 1e-2),
     ("zo", "lora", True, False): (1e-3, 1e-2),
@@ -14,6 +18,8 @@ DEFAULTS = {
     ("zo", "xgblora", True, False): (1e-3, 1e-2),
     ("zo", "xgblora", True, True): (5e-3, 3e-2),
     ("regular", "ft", False, False): (1e-5, None),
+    ("regular", "head", False, False): (1e-5, None),
+    ("regular", "prefix", False, False): (1e-2, None),
     ("regular", "lora", False, False): (1e-3, None),
     ("regular", "xgblora", False, False): (1e-3, None),
 }
@@ -40,6 +46,76 @@ def published(trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling:
     return learning_rate, eps
 
 
+# (trainer, mode) -> (learning rates, eps) that were searched for the published numbers (MeZO, Table 15, OPT).
+GRIDS = {
+    ("zo", "ft"): ((1e-7, 1e-6), 1e-3),
+    ("zo", "prefix"): ((1e-3, 1e-2), 1e-1),
+    ("zo", "lora"): ((5e-5, 1e-4), 1e-2),
+    ("regular", "ft"): ((1e-5, 8e-5), None),
+}
+
+
+def settings_block(args) -> dict[str, str]:
+    """{name: value} of the settings that matter, as they took effect."""
+    bits = f", {args.bits}-bit layers" if args.bits else ""
+    rows = {
+        "task": args.task_name,
+        "model": f"{args.model_name} in {str(args.dtype).removeprefix('torch.')}{bits}",
+        "mode": f"{args.mode}, trainer {args.trainer}, seed {args.seed}",
+    }
+    if args.trainer != "none":
+        rows["learning rate"] = f"{args.learning_rate:g} ({args.lr_scheduler_type.value})"
+        accumulated = args.gradient_accumulation_steps
+        rows["batch"] = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
+        rows["batch"] += f", divided among {args.shares} ranks" if args.shares > 1 else ""
+        rows["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        rows["objective"] = args.objective or (
+            "classification" if args.train_as_classification else "language modelling"
+        )
+    if args.trainer == "zo":
+        rows["zeroth order"] = f"eps {args.zo_eps:g}, {args.zo_method}, {args.zo_queries} x {args.zo_distribution}" + (
+            ", normalised" if args.zo_normalize else ""
+        )
+    if args.lora or args.xgblora:
+        ranks, only = args.xgblora_rank_schedule or args.lora_r, ", B only" if args.lora_freeze_a else ""
+        rows["adapters"] = f"rank {ranks}, alpha {args.lora_alpha:g}{only}, layers {args.xgblora_layers}"
+    if args.xgblora and args.trainer != "none":
+        every, epochs = args.xgblora_steps_per_iteration, args.xgblora_merge_frequency
+        rows["boosting"] = f"a booster every {f'{every} steps' if every else f'{epochs} epochs'}"
+        rows["boosting"] += " (--xgblora takes the place of --lora)" if args.lora else ""
+    if args.prefix_tuning:
+        rows["prefix"] = f"{args.num_prefix} tokens" + ("" if args.no_reparam else ", reparametrised")
+    return rows
+
+
+def warnings(args) -> list[str]:
+    """What looks like a mistake, a line each: values outside the published grid of their mode, slow dtypes."""
+    said = []
+    rates, eps = GRIDS.get((args.trainer, args.mode), (None, None))
+    if args.zo_normalize or args.lora_freeze_a or (args.mode == "lora" and args.lora_alpha / args.lora_r != 2):
+        rates = None  # published for plain steps, and for rank 8 with alpha 16
+    if rates and not rates[0] <= args.learning_rate <= rates[1]:
+        said.append(
+            f"--learning_rate {args.learning_rate:g} lies outside the published grid of mode {args.mode} with "
+            f"--trainer {args.trainer}, {rates[0]:g} to {rates[1]:g}"
+        )
+    if rates and eps and args.zo_eps != eps:
+        said.append(f"--zo_eps {args.zo_eps:g}: mode {args.mode} is published with {eps:g}")
+    elif args.trainer == "zo" and args.mode in ("lora", "xgblora") and args.zo_eps <= 1e-3:
+        said.append(f"--zo_eps {args.zo_eps:g} is for full fine-tuning: with adapters 0.01 tells more from rounding")
+    if args.device.type == "cpu":
+        fast = cpu_has_bf16()
+        if args.load_float16:
+            said.append("float16 is slow on a CPU: " + ("--load_bfloat16 is fast here" if fast else "leave it out"))
+        elif fast and not args.load_bfloat16:
+            said.append("this CPU has bfloat16 in hardware: --load_bfloat16 is the fast choice here")
+        elif args.load_bfloat16 and not fast:
+            said.append("this CPU has no bfloat16 in hardware: float32 (no --load_bfloat16) is the fast choice here")
+    if args.trainer == "regular" and args.load_float16:
+        said.append("gradients of float16 weights underflow: --load_bfloat16, or float32, trains more safely")
+    return said
+
+
 # Flags that a rerun may change without becoming another run: where and how often something is written or shown.
 INCIDENTAL = {
     "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
@@ -54,8 +130,9 @@ INCIDENTAL = {
 }  # fmt: skip
 # The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
 REPLAYED = {
-    "model", "seed", "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "load_float16",
-    "load_bfloat16", "adapter", "boosters", "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
-    "xgblora_ensemble", "xgblora_rank_schedule", "xgblora_layers", "xgblora_a_warmup", "xgblora_adaptive",
-    "xgblora_best",
+    "model", "seed", "adapter", "boosters", "load_float16", "load_bfloat16", "load_int8", "load_int4",
+    "prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act", "head_tuning", "untie_emb",
+    "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "xgblora_ensemble",
+    "xgblora_rank_schedule", "xgblora_layers", "xgblora_a_warmup", "xgblora_adaptive", "xgblora_best",
+    "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
 }  # fmt: skip

@@ -18,17 +18,22 @@ import torch
 import adapters
 import checkpoint
 import generation
+import memory
 import metrics
 import models
 import parallel
+import prefix
+import probe
 import scoring
 import shares
 import staged
 from arguments import OurArguments
 from defaults import INCIDENTAL, REPLAYED
 from lora import LoRA
+from prefix import PrefixTuning
+from probe import Probe
 from tasks import GENERATION, OPTIONS, TEXT
-from trainer import TRAJECTORY, OurTrainer
+from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
 from utils import UsageError, prompt_tokens, text_tokens
 
@@ -58,26 +63,57 @@ class Framework:
         if task and task.kind == TEXT and args.trainer == "none" and args.num_train:
             raise UsageError(f"--num_train: {task.name} is evaluated without demonstrations")
         self.lora_module: LoRA | None = None
+        self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
+        self.estimate: memory.Estimate | None = None
         self.trainer: OurTrainer | None = None
-        if args.adapter:
+        self.probe: Probe | None = None
+        self.saved_prefix = bool(args.adapter) and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND
+        self.prefix_length = args.num_prefix if args.prefix_tuning else 0
+        if self.saved_prefix:
+            self.refuse_for_prefix()
+            self.prefix_length = prefix.saved_length(args.adapter)
+        elif args.adapter:
             adapters.adapter_config(args.adapter)
+        self.objective = None
+        if args.objective:
+            name = args.objective
+            if name == "auto":
+                name = "accuracy" if task and task.kind == OPTIONS else "f1"
+            fits = {"accuracy": (OPTIONS,), "f1": (GENERATION,), "em": (GENERATION,)}.get(name, (OPTIONS, GENERATION))
+            if task and task.kind not in fits:
+                raise UsageError(f"--objective {name} is not for {task.name}, whose metric is {task.metric_name}")
+            self.objective = metrics.objective(name)
+        if args.linear_probing and task:
+            self.refuse_for_probe()
         self.config = models.read_config(args.model_name, args.trust_remote_code)
         self.tokenizer = models.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
-        limit = getattr(self.config, "max_position_embeddings", None) or args.max_length
-        self.max_length = min(args.max_length, limit)
+        front = self.prefix_length  # which takes positions of its own
+        self.max_length = models.longest(self.config, args.max_length + front) - front
         self.vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
 
     @functools.cached_property
     def model(self):
         """The model in eval mode on its device, adapters injected."""
         args = self.args
-        model = models.read_model(args.model_name, args.dtype, args.trust_remote_code).to(args.device)
+        self.estimate = self.foresee()
+        model = models.read_model(args.model_name, args.dtype, args.trust_remote_code, args.device, args.bits)
+        if args.bits == 4 and args.trainer == "regular":
+            models.differentiable(model)
+        if args.untie_emb:
+            models.untie(model)
+        if args.head_tuning:
+            models.only_head(model)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
         self.plain = not scoring.takes_packed(model, self.max_length)
         if self.plain:
             logger.warning("%s can't take packed rows: scoring one padded row per candidate", args.model_label)
-        if args.adapter and args.trainer == "none":
+        if self.prefix_length:
+            reparam = args.prefix_tuning and not args.no_reparam
+            made = PrefixTuning(model, self.prefix_length, reparam, args.prefix_init_by_real_act, args.seed)
+            if args.adapter:
+                made.load(args.adapter)
+        elif args.adapter and args.trainer == "none":
             saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
             self.lora_module = LoRA(
                 model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
@@ -90,9 +126,34 @@ class Framework:
                 freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
-        if args.adapter:
+        if args.adapter and self.lora_module:
             self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model
+
+    def refuse_for_prefix(self) -> None:
+        """Raise UsageError for flags that a saved prefix has no use for."""
+        args = self.args
+        for flag in ("lora", "xgblora", "boosters", "staged", "export_rank", "save_merged", "xgblora_ensemble"):
+            if getattr(args, flag) not in (None, False, 0):
+                raise UsageError(f"--{flag} is for LoRA adapters, but --adapter {args.adapter} is a prefix")
+        if args.trainer != "none" and not args.prefix_tuning:
+            raise UsageError(
+                f"--adapter {args.adapter} is a prefix: --trainer {args.trainer} goes on with --prefix_tuning"
+            )
+
+    def refuse_for_probe(self) -> None:
+        """Raise UsageError where rows differ in their options: a probe has one output an option."""
+        some = self.task.samples["train"]
+        options = {tuple(map(str, some[i].candidates or ())) for i in range(min(len(some), 50))}
+        if self.task.kind != OPTIONS or len(options) > 1:
+            raise UsageError(f"--linear_probing needs the same options in every row, which {self.task.name} has not")
+
+    def foresee(self) -> memory.Estimate | None:
+        """What memory the run will take, logged; None where that can't be told."""
+        args, cpu = self.args, self.args.device.type == "cpu"
+        new = args.max_new_tokens if self.task and self.task.generation else 0
+        rule = lambda tokens: copies(tokens, 2 * args.zo_queries, cpu, args.mode != "ft", args.zo_batched)  # noqa: E731
+        return memory.foresee(args, self.config, self.trained, self.evaluated, rule, new)
 
     # ---- prompts and scores ----
 
@@ -140,10 +201,16 @@ class Framework:
         args, prior = self.args, None
         if args.sfc or args.icl_sfc:
             prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
-        return Rows(samples, self.examples(samples, demonstrations, gold=False), prior)
+        examples = self.examples(samples, demonstrations, gold=False)
+        self.evaluated += examples
+        return Rows(samples, examples, prior)
 
     def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
-        """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum."""
+        """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum; with
+        --linear_probing what the probe says."""
+        if self.probe:
+            states = probe.states(self.model, rows.examples, self.plain, progress)
+            return self.probe.scores(states, len(rows.examples[0].encodings))
         score = functools.partial(shares.score, self.model, plain=self.plain)
         sums = score(rows.examples, progress=progress)
         if rows.prior is None:
@@ -203,6 +270,20 @@ class Framework:
 
     # ---- training ----
 
+    def fit_probe(self, train_samples) -> None:
+        """`--linear_probing`: fit on the training rows; no weight of the model changes."""
+        args, examples = self.args, self.examples(train_samples)
+        states = probe.states(self.model, examples, self.plain, progress=not args.disable_tqdm)
+        self.probe = Probe(states, [x.label for x in examples], args.lp_early_stopping, args.seed)
+
+    def objective_loss(self, rows: Rows, model, inputs) -> torch.Tensor:
+        """`--objective`: minus what it says of the model's predictions on the rows of a batch; fp32, no gradient."""
+        some = Rows(*([part[i] for i in inputs["row"].tolist()] if part else None for part in rows))
+        with shares.undivided():
+            found = self.predict(some, progress=False)
+        value = self.objective([one["prediction"] for one in found], [one["gold"] for one in found])
+        return torch.tensor(-float(value))
+
     def learned(self, samples) -> list[scoring.Example]:
         """Samples as the training loss takes them."""
         examples, args = self.examples(samples), self.args
@@ -217,7 +298,7 @@ class Framework:
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        examples = self.learned(train_samples)
+        self.trained = examples = self.learned(train_samples)
         dev_examples = self.learned(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]
@@ -227,18 +308,22 @@ class Framework:
         found = parallel.first(functools.partial(earlier, args, output_dir, settings))
         parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
         model = self.model
+        collate = functools.partial(scoring.pack, plain=self.plain)
+        loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
+        weigh, size = functools.partial(shares.weight, classification=args.train_as_classification), shares.tokens
+        if self.objective:
+            weigh, size = len, lambda i: shares.tokens(self.trained[i])
+            examples = list(range(len(train_samples)))
+            collate = lambda rows: {"row": torch.tensor(rows)}  # noqa: E731
+            loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
         self.trainer = trainer = OurTrainer(
             model=model,
             args=args,
             train_dataset=examples,
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
-            data_collator=shares.Share(
-                functools.partial(scoring.pack, plain=self.plain),
-                functools.partial(shares.weight, classification=args.train_as_classification),
-                divides=args.zo_parallel == "data",
-            ),
-            loss_fn=functools.partial(scoring.loss, classification=args.train_as_classification),
+            data_collator=shares.Share(collate, weigh, size, divides=args.zo_parallel == "data"),
+            loss_fn=loss_fn,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
             dev_loss_fn=lambda model: scoring.mean_loss(
                 model, dev_examples, args.train_as_classification, self.plain, shares.score

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
-from scoring import SHARED, TOKENS, common, parts, prefix_cache
+from scoring import SHARED, TOKENS, beginning, common, parts, trained_prefix
 
 CACHE = 192 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
 
@@ -79,14 +79,17 @@ def generate(
             found |= zip(part, generate(model, tokenizer, some, seed=seed, progress=progress, **same), strict=True)
         return [found[i] for i in range(len(prompts))]
     device = next(model.parameters()).device
-    beams = sampling.get("num_beams", 1)
+    beams, prefix = sampling.get("num_beams", 1), trained_prefix(model)
     own_cache, shared, tokens = cached and beams == 1, 0, TOKENS // beams
     if own_cache:
         shared = min(common(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
         shared = shared if shared >= SHARED and len(prompts) > 1 else 0
-        layers = prefix_cache(model, prompts[0][: shared or 1]).layers
-        per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // (shared or 1)
+        begun = beginning(model, prompts[0][: shared or int(not prefix)])
+        per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in begun.layers) // begun.get_seq_length()
         tokens = max(budget, sum(p.nbytes for p in model.parameters()) // 4) // per_token
+    if prefix:  # tokens that nothing reads stand for it
+        prompts = [[tokenizer.pad_token_id] * prefix.length + ids for ids in prompts]
+        shared += prefix.length
     stops = stop_ids(tokenizer, eos_token)
     answers = [""] * len(prompts)
     bar = tqdm(total=len(prompts), unit="ex", disable=not progress, desc="generating", leave=False)
@@ -101,9 +104,11 @@ def generate(
                     ids[row, part] = torch.tensor(prompts[i][part], dtype=ids.dtype)
                     mask[row, part] = 1
             if own_cache:
-                kept = [(layer.keys, layer.values) if shared else None for layer in layers]
+                kept = [(layer.keys, layer.values) if shared else None for layer in begun.layers]
                 capacity = width - shared + max_new_tokens
-                sampling["past_key_values"] = Cache([BufferLayer(capacity, beginning) for beginning in kept])
+                sampling["past_key_values"] = Cache([BufferLayer(capacity, some) for some in kept])
+            elif prefix:
+                sampling["past_key_values"] = prefix.growing(model, len(group) * beams)
             grown = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling,

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapters
 from adapters import Booster, Round, Saved, layer_number
+from streaming import NoCopies
 from utils import UsageError
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,16 @@ TARGETS = {
     "gpt_neox": ("query_key_value",),
     "bloom": ("query_key_value",),
     "falcon": ("query_key_value",),
-    "phi3": ("qkv_proj",),
+    "phi3": ("qkv_proj",),  # PEFT has no entry
+    "mpt": ("Wqkv",),
+    "gpt_bigcode": ("c_attn",),
+    "codegen": ("qkv_proj",),
 }
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + scaling · B (A x), around an `nn.Linear` or GPT-2's `Conv1D` (`fan_in_fan_out`: W is [in, out]).
+    """y = W x + b + scaling · B (A x), around an `nn.Linear`, a quantised one too, or GPT-2's `Conv1D`
+    (`fan_in_fan_out`: W is [in, out]).
 
     `weight` and `bias` are the base layer's own parameters under their own names. `lora_A` [r, in] and `lora_B`
     [out, r] are fp32 whatever the base's dtype; activations are cast. scaling = alpha / r. Rank 0 adapts nothing.
@@ -48,7 +53,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.weight, self.bias = base.weight, base.bias
-        self.out_features, self.in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
+        self.base = None if self.weight.is_floating_point() else base  # quantised weights know how to multiply
+        if self.base is None:
+            self.out_features, self.in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
+        else:
+            self.out_features, self.in_features = base.out_features, base.in_features
         empty = torch.zeros(0, device=self.weight.device)
         self.lora_A, self.lora_B = nn.Parameter(empty.clone()), nn.Parameter(empty.clone())
         self.resize(r, alpha)
@@ -62,7 +71,10 @@ class LoRALinear(nn.Module):
         self.lora_B.data = self.lora_B.new_zeros(self.out_features, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+        if self.base is not None:
+            y = self.base(x)
+        else:
+            y = nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if not self.r and self.chain is None:
             return y
         x, dtype = x.to(torch.float32), y.dtype
@@ -142,6 +154,8 @@ class LoRA:
         self.round = 0
         self.base: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
+        if xgblora and not ensemble and any(m.base is not None for m in self.lora_modules):
+            raise UsageError("boosters can't be merged into 8-bit or 4-bit weights: --xgblora_ensemble keeps them")
         if xgblora and not ensemble:  # W₀ and the fp32 sum of the chain, both on the host
             for name, module in self.modules.items():
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
@@ -186,7 +200,12 @@ class LoRA:
         return [p for m in self.lora_modules for p in ((m.lora_B,) if self.freeze_a else (m.lora_A, m.lora_B))]
 
     def spread(self, deltas: list[Tensor] | None) -> None:
-        """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order."""
+        """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order.
+
+        Raises NoCopies where an expert is adapted: the tokens that it is given mix the copies.
+        """
+        if deltas is not None and any(".experts." in f".{name}" for name in self.modules):
+            raise NoCopies("an expert is adapted")
         left = iter(deltas or ())
         for module in self.lora_modules:
             module.deltas = None

@@ -3,12 +3,10 @@
 `--zo_method NAME` takes one of these, `--zo_method file.py:Name` a subclass of `zo.Method` in a file of one's own.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from statistics import stdev
 
-from utils import UsageError
+from utils import UsageError, from_file
 from zo import Method, Noise, Slot
 
 
@@ -75,13 +73,9 @@ def get_method(name: str) -> type[Method]:
     """The method of that name, or of a file; raises UsageError where there is none."""
     if name in METHODS:
         return METHODS[name]
-    path, _, attribute = name.rpartition(":")
-    if not path or not Path(path).is_file():
+    found = from_file(name)
+    if found is None:
         raise UsageError(f"--zo_method {name}: there are {', '.join(METHODS)}, or file.py:Name")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UsageError(f"--zo_method {name}: {path} has no subclass of zo.Method called {attribute!r}")
+        raise UsageError(f"--zo_method {name}: it is no subclass of zo.Method")
     return found

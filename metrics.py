@@ -3,8 +3,10 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
+
+from utils import UsageError, from_file
 
 LOWER = ("loss", "perplexity")  # metrics of which less is better
 
@@ -44,6 +46,22 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
 def bag_f1(a: Counter, b: Counter) -> float:
     total = a.total() + b.total()
     return 2 * (a & b).total() / total if total else 1.0
+
+
+def objective(name: str) -> Callable[[Sequence, Sequence], float]:
+    """(predictions, golds) -> a number of which more is better: accuracy, mean F1, mean exact match, or the function
+    `file.py:name`; raises UsageError where there is none of that name."""
+    known = {
+        "accuracy": accuracy,
+        "f1": lambda predictions, golds: fmean(map(f1, predictions, golds)),
+        "em": lambda predictions, golds: fmean(map(exact_match, predictions, golds)),
+    }
+    if name in known:
+        return known[name]
+    found = from_file(name)
+    if not callable(found):
+        raise UsageError(f"--objective {name}: there are {', '.join(known)}, or file.py:name of a function")
+    return found
 
 
 def best_threshold_accuracy(margins: Sequence[float], golds: Sequence[int]) -> float:

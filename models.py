@@ -2,13 +2,17 @@
 a bad or unreachable one becomes one line. Code that comes with a model runs only where `trust` says so.
 """
 
+import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import starter
 from utils import UsageError, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def reading(name: str, read):
@@ -40,17 +44,70 @@ def read_config(name: str, trust: bool = False):
     return config
 
 
+def longest(config, wished: int) -> int:
+    """How many tokens a row may have: `wished`, or fewer where the model takes no more.
+
+    LongRoPE (Phi-3 128k) changes the frequencies of all rows of a batch where one of them is longer than those of its
+    first training, so that a score would depend on its neighbours: rows stay below.
+    """
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if first and first < wished:
+        logger.warning("rows are cut to %d tokens: beyond them this model's positions depend on the whole batch", first)
+    return min([wished, *filter(None, [*limits, first])])
+
+
 def read_tokenizer(name: str, config, trust: bool = False):
     return reading(name, lambda: load_tokenizer(name, config.model_type if config else None, trust))
 
 
-def read_model(name: str, dtype: torch.dtype, trust: bool = False):
-    """The model in that dtype, in eval mode on the CPU; raises UsageError where weights are missing."""
+def read_model(name: str, dtype: torch.dtype, trust: bool = False, device="cpu", bits: int | None = None):
+    """The model in that dtype, in eval mode on its device; `bits`: 8 or 4 for weights that bitsandbytes quantises.
+    Raises UsageError where weights are missing."""
     if name.endswith(".gguf"):
-        return reading(name, lambda: starter.load_gguf(name, dtype))[0].eval()
+        return reading(name, lambda: starter.load_gguf(name, dtype))[0].to(device).eval()
     options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": trust}
+    if bits:
+        options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}
     model, info = reading(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
         raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
-    return model.eval()
+    return (model if bits else model.to(device)).eval()
+
+
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """8 bits a row (arXiv 2208.07339), without its outlier columns: what else is in the batch chooses them, and scores
+    would depend on it. 4 bits: NF4 with double quantisation (arXiv 2305.14314)."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"--load_int{bits} needs bitsandbytes: pip install bitsandbytes") from error
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def differentiable(model) -> None:
+    """Keep 4-bit layers from the layout of bitsandbytes' CPU kernel, which has no backward pass (its gradients would be
+    silently wrong)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def untie(model) -> None:
+    """Give the head weights of its own, where it shares those of the embedding."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def only_head(model) -> None:
+    """Let the head alone be trained; where it is tied, the embedding is the head."""
+    model.requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(True)

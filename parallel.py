@@ -270,6 +270,15 @@ def fingerprint(tensors: Sequence[Tensor]) -> float:
     return float(int.from_bytes(digest.digest()[:6]))
 
 
+def trained(optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def everything(model, optimizer) -> list[Tensor]:
+    """All weights of a model, and what is trained beside it."""
+    return [*{id(p): p for p in (*model.parameters(), *trained(optimizer))}.values()]
+
+
 def refuse_divergence(number: float, what: str) -> None:
     """Raise Diverged, naming the ranks, where not all have this number."""
     found = [n for (n,) in gather([number])]
@@ -285,13 +294,12 @@ class Watch(TrainerCallback):
     def __init__(self, settings: dict, every: int):
         self.settings, self.every = settings, every
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         words = json.dumps([self.settings, state.max_steps, state.global_step], sort_keys=True).encode()
         number = float(int.from_bytes(hashlib.sha256(words).digest()[:6]))
         refuse_divergence(number, "flags or rows")
-        refuse_divergence(fingerprint([*model.parameters()]), "weights before the first step")
+        refuse_divergence(fingerprint(everything(model, optimizer)), "weights before the first step")
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.every and state.global_step % self.every == 0:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            refuse_divergence(fingerprint(trained), f"weights after step {state.global_step}")
+            refuse_divergence(fingerprint(trained(optimizer)), f"weights after step {state.global_step}")

@@ -44,8 +44,11 @@ def write(path: Path, args, sets: list[dict]) -> dict:
     if len(sets) > 1:
         result["deviation"] = {name: stdev(s[name] for s in sets) for name in names}
     result |= {name: sum(s.get(name, 0) for s in sets) for name in ("forward_passes", "seconds")}
+    estimates = [s["estimated_memory_mb"] for s in sets if "estimated_memory_mb" in s]
+    result |= {"estimated_memory_mb": max(estimates)} if estimates else {}
     result |= {
         "peak_memory_mb": round(peak_memory_mb()),
+        "mode": args.mode,
         "seed": args.seed,
         "sets": sets,
         "args": json.loads(json.dumps(args.to_dict(), default=str)),
@@ -79,7 +82,7 @@ def table(directory: Path) -> list[str]:
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]
     for results in rows.values():
         args = results[0]["args"]
-        mode = "xgblora" if args["xgblora"] else "lora" if args["lora"] else "ft"
+        mode = results[0].get("mode") or ("xgblora" if args["xgblora"] else "lora" if args["lora"] else "ft")
         for metric in METRICS:
             values = [result[metric] for result in results if metric in result]
             if values:

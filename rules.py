@@ -13,11 +13,24 @@ from utils import UsageError
 
 def check(args) -> None:
     """Raise UsageError for choices that exclude each other or lie out of range."""
-    trains, zo = args.trainer != "none", args.trainer == "zo"
+    trains, zo, lora = args.trainer != "none", args.trainer == "zo", args.lora or args.xgblora
+    adapters = lora or args.prefix_tuning
     conflicts = {
         ("--xgblora", "--prefix_tuning"): args.xgblora and args.prefix_tuning,
+        ("--lora", "--prefix_tuning"): args.lora and args.prefix_tuning,
         ("--sfc", "--icl_sfc"): args.sfc and args.icl_sfc,
         ("--load_float16", "--load_bfloat16"): args.load_float16 and args.load_bfloat16,
+        ("--load_int8", "--load_int4"): args.load_int8 and args.load_int4,
+        (f"--load_int{args.bits}", "--model_name of a .gguf file"): args.bits and args.model_name.endswith(".gguf"),
+        ("--head_tuning", "adapters (--lora, --xgblora, --prefix_tuning)"): args.head_tuning and adapters,
+        ("--linear_probing", "another way of tuning"): args.linear_probing and (adapters or args.head_tuning or zo),
+        ("--linear_probing", "--sfc and --icl_sfc"): args.linear_probing and (args.sfc or args.icl_sfc),
+        ("--linear_probing", "--save_model"): args.linear_probing and args.save_model,  # no format has a place for it
+        ("--prefix_tuning", "--gradient_checkpointing (it takes no cache)"): args.prefix_tuning
+        and args.gradient_checkpointing,
+        ("--prefix_tuning", "--save_merged"): args.prefix_tuning and args.save_merged,
+        ("--objective", "--train_as_classification"): args.objective and args.train_as_classification,
+        (f"--load_int{args.bits}", "--save_merged"): args.bits and args.save_merged,
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
         ("--trainer zo", "--fsdp"): zo and args.fsdp,
@@ -39,7 +52,7 @@ def check(args) -> None:
         if clash:
             raise UsageError(f"{names[0]} and {names[1]} exclude each other")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    adapters, boosts = args.lora or args.xgblora, args.xgblora and trains
+    boosts = args.xgblora and trains
     kind, _ = layer_choice(args.xgblora_layers)
     named = {
         name: getattr(args, name)
@@ -50,7 +63,7 @@ def check(args) -> None:
         **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in named.items()},
         "--xgblora_ensemble needs --xgblora or --adapter": args.xgblora_ensemble
         and not (boosts or (args.adapter and not trains)),
-        "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (adapters and trains),
+        "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (lora and trains),
         f"--xgblora_layers {args.xgblora_layers} needs --xgblora": kind == "random" and not args.xgblora,
         "--xgblora_adaptive and --xgblora_best go by dev rows: give --num_dev": (
             args.xgblora_adaptive or args.xgblora_best
@@ -60,22 +73,34 @@ def check(args) -> None:
         "--zo_cache_activations needs --trainer zo and --xgblora_layers top:N": args.zo_cache_activations
         and not (zo and kind == "top"),
         "--staged needs --xgblora or --adapter": args.staged and not (boosts or (args.adapter and not trains)),
-        "--export_rank needs --lora, --xgblora or --adapter": args.export_rank and not (adapters or args.adapter),
-        "--zo_normalize needs --trainer zo and --lora or --xgblora": args.zo_normalize and not (zo and adapters),
-        "--lora_freeze_a needs --trainer zo and --lora or --xgblora": args.lora_freeze_a and not (zo and adapters),
+        "--export_rank needs --lora, --xgblora or --adapter": args.export_rank and not (lora or args.adapter),
+        "--zo_normalize needs --trainer zo and --lora, --xgblora or --prefix_tuning": args.zo_normalize
+        and not (zo and adapters),
+        "--lora_freeze_a needs --trainer zo and --lora or --xgblora": args.lora_freeze_a and not (zo and lora),
         "--template and the other flags of own data need --task_name own": args.own != Own()
         and args.task_name != "own",
         "--predictions and --no_eval: no example is evaluated": args.predictions and args.no_eval,
-        f"--zo_optim {args.zo_optim} needs --lora or --xgblora: it keeps state for every element": zo
+        f"--zo_optim {args.zo_optim} needs --lora, --xgblora or --prefix_tuning: it keeps state for every element": zo
         and args.zo_optim != "sgd"
         and not adapters,
         "--boosters needs --adapter": args.boosters is not None and not args.adapter,
-        "--lora_targets needs --lora or --xgblora": args.lora_targets is not None and not adapters,
+        "--lora_targets needs --lora or --xgblora": args.lora_targets is not None and not lora,
+        "--head_tuning needs a --trainer": args.head_tuning and not trains,
+        "--prefix_tuning needs a --trainer": args.prefix_tuning and not trains,
+        "--untie_emb needs --head_tuning, or a --trainer without adapters": args.untie_emb and (not trains or adapters),
+        "--lp_early_stopping needs --linear_probing": args.lp_early_stopping and not args.linear_probing,
+        "--objective and --non_diff need --trainer zo": args.objective and not zo,
+        f"--load_int{args.bits} with --trainer {args.trainer} needs --lora, --xgblora or --prefix_tuning": args.bits
+        and trains
+        and not adapters
+        and not args.linear_probing,
+        f"--load_int{args.bits} with --xgblora needs --xgblora_ensemble: quantised weights can't take a merge": (
+            args.bits and args.xgblora and not args.xgblora_ensemble
+        ),
         "--zo_check needs --trainer zo": args.zo_check and not zo,
         "--recipe needs --trainer zo": args.recipe and not zo,
         "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
-        "--prefix_tuning is not available yet": args.prefix_tuning,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
         and args.zo_queries < ranks,
         "--fsdp under torchrun is not available yet: each rank holds the whole model": args.fsdp and ranks > 1,
@@ -85,16 +110,16 @@ def check(args) -> None:
         f"--lora_r {args.lora_r} with --xgblora: boosters are of rank 1": args.xgblora
         and args.lora_r not in (None, 1)
         and not args.xgblora_rank_schedule,
-        f"--adapter {args.adapter} with --trainer {args.trainer} needs --lora or --xgblora": args.adapter
-        and trains
-        and not adapters,
+        f"--adapter {args.adapter} with --trainer {args.trainer} needs --lora, --xgblora or --prefix_tuning": (
+            args.adapter and trains and not adapters
+        ),
     }  # fmt: skip
     for message, broken in needs.items():
         if broken:
             raise UsageError(message)
     if zo and get_method(args.zo_method).full_only and adapters:
         raise UsageError(f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
-    if zo and get_method(args.zo_method).adapters_only and (not adapters or args.lora_freeze_a):
+    if zo and get_method(args.zo_method).adapters_only and (not lora or args.lora_freeze_a):
         raise UsageError(f"--zo_method {args.zo_method} is for --lora or --xgblora with A and B trained")
     if not args.eos_token:
         raise UsageError("--eos_token is empty: an answer has to end somewhere")
@@ -105,7 +130,7 @@ def check(args) -> None:
     at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
     at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
     at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
-    at_least |= {"xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
+    at_least |= {"num_prefix": 1, "xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
     at_least |= {"rank_check_steps": 0, "ddp_timeout": 1}
     at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
     for name, least in at_least.items():

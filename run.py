@@ -38,15 +38,15 @@ def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
     available, dev = len(task.samples["train"]), args.num_dev or 0
     wanted = args.num_train
     if wanted is None:
-        wanted = available - dev if args.trainer != "none" else 0
+        wanted = available - dev if args.learns else 0
     if args.num_train_sets is None and args.train_set_seed is None:
-        if args.trainer == "none":
+        if not args.learns:
             return [(None, [], [])]
         seeds = [args.seed]
     else:
         first = args.train_set_seed or 0
         seeds = range(first, first + (args.num_train_sets or 1))
-    if wanted + dev > available or (args.trainer != "none" and wanted < 1):
+    if wanted + dev > available or (args.learns and wanted < 1):
         raise UsageError(f"--num_train {wanted} and --num_dev {dev}: {task.name} has {available} training rows in all")
     sets = []
     for seed in seeds:
@@ -58,9 +58,9 @@ def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
 def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> dict:
     """One training set from a fresh model: {metric: value, "dev_…": value, forward passes, seconds, …}."""
     framework = Framework(args, task)
-    output_dir, trains = args.run_dir(train_set or 0), args.trainer != "none"
+    output_dir, trains = args.run_dir(train_set or 0), args.trainer != "none" and not args.linear_probing
     eval_samples = task.sample_subset("validation", args.train_set_seed or 0, args.num_eval or sys.maxsize)
-    demonstrations = [] if trains else train_samples
+    demonstrations = [] if args.learns else train_samples
     if train_set is None and args.num_train:  # a demonstration set for every example
         demonstrations = [task.sample_subset("train", i, args.num_train) for i in range(len(eval_samples))]
     eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
@@ -74,11 +74,15 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
             if parallel.size() > 1:
                 measured["ranks"] = framework.trainer.exchange.report()
                 logger.info("ranks: %s", measured["ranks"])
+        elif args.linear_probing:
+            framework.fit_probe(train_samples)
         measured["train_seconds"] = round(time.perf_counter() - start, 2)
         measured["train_cpu_seconds"] = round(time.process_time() - cpu, 2)  # of all threads, whoever else is busy
         with signals.interruptible():
             measured |= look(framework, output_dir, train_set, dev_rows, eval_rows)
     measured["seconds"] = round(time.perf_counter() - start, 2)
+    if framework.estimate:
+        measured["estimated_memory_mb"] = round(framework.estimate.total / 1e6)
     if framework.lora_module:
         measured["boosters"] = len(framework.lora_module.boosters)
     return measured

@@ -12,14 +12,16 @@ out whether a model can do this, and where it can't, `plain=True` uses such rows
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from prefix import KeptLayer
 
 ATTENTION = 1000  # a row of this many tokens spends as long in attention as in matrix products (measured, 135M, CPU)
 TOKENS = 2048  # of one forward in evaluation: more are not faster, and take more memory
@@ -207,55 +209,53 @@ def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
     return mask[:, None]
 
 
-class PrefixLayer(DynamicLayer):
-    """Keys and values of one layer that every row sees before its own; they are read, never grown."""
-
-    def update(self, keys, values, *args, **kwargs):
-        rows = len(keys)
-        return tuple(
-            torch.cat([kept.expand(rows, -1, -1, -1), new], dim=-2)
-            for kept, new in ((self.keys, keys), (self.values, values))
-        )
+def trained_prefix(model: nn.Module):
+    """The model's `PrefixTuning`, or None."""
+    return getattr(model, "prefix_tuning", None)
 
 
 @torch.inference_mode()
-def prefix_cache(model: nn.Module, ids: list[int]) -> Cache:
-    """Keys and values of tokens that all examples begin with; one forward. The cache serves any number of rows."""
+def beginning(model: nn.Module, ids: list[int]) -> Cache:
+    """Keys and values of what all rows begin with: the trained prefix, where there is one, and these tokens, which one
+    forward encodes. The cache serves any number of rows."""
+    prefix = trained_prefix(model)
+    if not ids:
+        return prefix.cache(model.dtype)
     device = next(model.parameters()).device
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
     try:
-        grown = DynamicCache(config=model.config)
+        grown = prefix.growing(model) if prefix else DynamicCache(config=model.config)
         model(input_ids=torch.tensor([ids], device=device), past_key_values=grown, use_cache=True)
     finally:
         hook.remove()
-    layers = []
-    for layer in grown.layers:
-        layers.append(PrefixLayer())
-        layers[-1].lazy_initialization(layer.keys, layer.values)
-        layers[-1].keys, layers[-1].values = layer.keys, layer.values
-    return Cache(layers=layers)
+    return Cache(layers=[KeptLayer(layer.keys, layer.values) for layer in grown.layers])
 
 
 def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
     """[copies, T] fp32: log-probability of every option token of a packed batch; one forward.
 
-    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own.
+    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own. The cache
+    holds what all rows begin with, see `beginning`; positions count from behind a trained prefix.
     """
-    ids, columns = batch["input_ids"], batch["read_column"]
+    ids, columns, prefix = batch["input_ids"], batch["read_column"], trained_prefix(model)
+    if prefix and not cache:
+        cache = prefix.cache(model.dtype)
+    cached, front = cache.get_seq_length() if cache else 0, prefix.length if prefix else 0
     if "end" in batch:
-        mask = attention_mask(batch["end"], cache.get_seq_length() if cache else 0, model.dtype)
-        positions = batch["position_ids"].repeat(copies, 1)
-        inputs = {"attention_mask": mask.repeat(copies, 1, 1, 1), "position_ids": positions, "past_key_values": cache}
+        mask = attention_mask(batch["end"], cached, model.dtype).repeat(copies, 1, 1, 1)
+        inputs = {"attention_mask": mask, "position_ids": (batch["position_ids"] + front).repeat(copies, 1)}
     else:
-        inputs = {"attention_mask": batch["attention_mask"].repeat(copies, 1)}
+        mask = nn.functional.pad(batch["attention_mask"], (cached, 0), value=1)
+        inputs = {"attention_mask": mask.repeat(copies, 1)}
 
     def read(head, args):  # hidden states [copies · R, N, D] -> [copies, M, D]: the logits stay in the model's hands
         return (args[0].unflatten(0, (copies, -1))[:, batch["read_row"], columns], *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(read)
     try:
-        logits = model(input_ids=ids.repeat(copies, 1), use_cache=False, **inputs).logits.float()  # [copies, M, V]
+        outputs = model(input_ids=ids.repeat(copies, 1), past_key_values=cache, use_cache=False, **inputs)
+        logits = outputs.logits.float()  # [copies, M, V]
     finally:
         hook.remove()
     return logits[:, batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[:, batch["token_read"]]
@@ -265,6 +265,18 @@ def option_sums(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None 
     """[copies, O] fp32: log-probability of every option."""
     logprobs = token_logprobs(model, batch, cache, copies)
     return logprobs.new_zeros(copies, len(batch["option_lens"])).index_add(1, batch["token_option"], logprobs)
+
+
+def option_states(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
+    """[1, O, D] fp32: what comes to the head where it predicts the token of each option, which has one."""
+    found: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: found.append(args[0]))
+    try:
+        option_sums(model, batch, cache)
+    finally:
+        hook.remove()
+    states = found[0][batch["read_row"], batch["read_column"]][batch["token_read"]].float()
+    return torch.zeros_like(states).index_copy(0, batch["token_option"], states)[None]
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copies: int | None = None) -> Tensor:
@@ -318,9 +330,11 @@ def batches(forest: Sequence[Tree], tokens: int, reads: int, padded: bool = Fals
 
 @torch.inference_mode()
 def score(
-    model: nn.Module, examples: Sequence[Example], budget: int = TOKENS, plain: bool = False, progress: bool = False
-) -> list[list[float]]:
-    """Log-probability of each option of each example, in input order; the model is left in eval mode.
+    model: nn.Module, examples: Sequence[Example], budget: int = TOKENS, plain: bool = False, progress: bool = False,
+    read: Callable = option_sums,
+) -> list[list[float]]:  # fmt: skip
+    """Log-probability of each option of each example, in input order; the model is left in eval mode. `read` may take
+    something else of each option than its log-probability.
 
     Raises FloatingPointError where the model gives NaN, which a comparison of scores would hide.
     """
@@ -329,16 +343,16 @@ def score(
     if len(split) > 1:
         found = {}
         for part in split:
-            found |= zip(part, score(model, [examples[i] for i in part], budget, plain, progress), strict=True)
+            found |= zip(part, score(model, [examples[i] for i in part], budget, plain, progress, read), strict=True)
         return [found[i] for i in range(len(examples))]
     device = next(model.parameters()).device
     start = 0 if plain else shared_beginning(examples)
-    cache = prefix_cache(model, examples[0].encodings[0][:start]) if start else None
+    cache = beginning(model, examples[0].encodings[0][:start]) if start else None
     sums: dict[tuple[int, int], float] = {}
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
         for group in batches(trees(examples, plain, start), budget, READS, padded=plain):
             batch = {name: tensor.to(device) for name, tensor in layout(examples, group, plain).items()}
-            sums |= zip(options(group), option_sums(model, batch, cache)[0].tolist(), strict=True)
+            sums |= zip(options(group), read(model, batch, cache)[0].tolist(), strict=True)
             bar.update(sum(k == 0 for _, k in options(group)))
     scores = [[sums[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
     if any(value != value for values in scores for value in values):
@@ -374,10 +388,10 @@ def takes_packed(model: nn.Module, longest: int = TOKENS) -> bool:
     row or the `longest` prompt would give silent wrong numbers; such a model gets plain rows.
     """
     config = model.config.get_text_config()
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        return False
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if (window and window <= max(TOKENS, longest)) or "local" in (getattr(config, "attention_layers", None) or []):
+    windows = {"sliding_attention"} if window else set()  # Gemma 2 has some of them, and a window that is wide enough
+    if (window and window <= max(TOKENS, longest)) or kinds - {"full_attention", "global"} - windows:
         return False
     top = config.vocab_size - 1
     prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
@@ -390,6 +404,8 @@ def takes_packed(model: nn.Module, longest: int = TOKENS) -> bool:
         return False
     plain = [row for probe in probes for row in score(model, probe, plain=True)]
     absolute, relative = (1e-3, 1e-4) if model.dtype == torch.float32 else (0.1, 0.02)
+    if getattr(model, "is_quantized", False):  # a rounding of an activation to 8 bits may go either way
+        absolute, relative = 0.5, 0.05
     return all(
         abs(a - b) <= absolute + relative * abs(a)
         for x, y in zip(packed, plain, strict=True)

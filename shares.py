@@ -1,5 +1,6 @@
 """What each of several ranks does of a batch, of a step, of an evaluation; see parallel.py."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -49,8 +50,8 @@ class Share:
     """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `part`, the fraction of
     the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else."""
 
-    def __init__(self, pack: Callable, weight: Callable, divides: bool = True):
-        self.pack, self.weight, self.divides = pack, weight, divides
+    def __init__(self, pack: Callable, weight: Callable, size: Callable = tokens, divides: bool = True):
+        self.pack, self.weight, self.size, self.divides = pack, weight, size, divides
         self.stored = False  # rows whose activations are kept stay with the rank that keeps them
 
     def __call__(self, batch: Sequence[Example]) -> dict[str, Tensor | float]:
@@ -60,8 +61,8 @@ class Share:
         if self.divides and self.stored:
             rows = [x for x in batch if x.places is not None]
         elif self.divides:
-            rows = [batch[i] for i in balanced([tokens(x) for x in batch], ranks)[parallel.rank()]]
-        about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(tokens, rows))}
+            rows = [batch[i] for i in balanced([self.size(x) for x in batch], ranks)[parallel.rank()]]
+        about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(self.size, rows))}
         return {**self.pack(rows), **about} if rows else about
 
 
@@ -105,7 +106,7 @@ class Exchange:
             if zo:
                 trainer.zo.add(totals)
             else:
-                add_gradients([p for p in trainer.model.parameters() if p.requires_grad])
+                add_gradients([p for p in parallel.trained(trainer.optimizer) if p.requires_grad])
         return torch.tensor(math.fsum(totals) / len(totals), device=trainer.args.device)
 
     def total(self) -> list[float]:
@@ -143,9 +144,24 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
             dist.all_reduce(p.grad)
 
 
+_alone: list[bool] = []
+
+
+@contextlib.contextmanager
+def undivided():
+    """Inside, an evaluation is this rank's own, of its share of a batch."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
 def divided(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequence]) -> list:
     """`fn(indices)`, a result an index, the indices divided among the ranks; the results in order. What has keys that
     begin alike stays together."""
+    if parallel.size() == 1 or _alone:
+        return list(fn(list(range(len(keys)))))
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     mine = [order[i] for i in cuts([sizes[i] for i in order], parallel.size())[parallel.rank()]]
     found: dict[int, object] = {}
@@ -156,8 +172,6 @@ def divided(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequ
 
 def score(model, examples: Sequence[Example], plain: bool = False, progress: bool = False) -> list[list[float]]:
     """`scoring.score`, divided among the ranks."""
-    if parallel.size() == 1:
-        return scoring.score(model, examples, plain=plain, progress=progress)
     return divided(
         [x.encodings[0] for x in examples],
         [tokens(x) for x in examples],

@@ -4,7 +4,8 @@ parameter works with θ + scale·z, of which only a block exists at a time.
 Linear layers and GPT-2's Conv1D go through blocks of rows, an embedding touches the rows that are looked up, and what
 is small (norms, biases) is perturbed whole for the one call. The parameter itself is never written. One forward may
 hold several copies of a batch, one behind the other along the first axis, each under its own perturbation; then z of a
-block is generated once for all of them.
+block is generated once for all of them. What a model makes of small parameters alone (Gemma's 1 + w) is kept, at each
+point, until it meets the batch.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+import directions
+
 # What is asked of a parameter without reading its values.
 LOOKS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "element_size", "__len__"}
 LOOKS |= {"is_complex", "get_device", "untyped_storage", "storage_offset", "__repr__"}
 VIEWS = {"T", "mT", "data", "H", "mH"}
+MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
 def widened(values: Tensor) -> Tensor:
@@ -39,22 +43,36 @@ class Streamed(TorchFunctionMode):
         super().__init__()
         self.slots = {id(slot.param): slot for slot in slots}
         self.points, self.direction = points, direction
+        self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (it, W)
+        self.made: dict[int, list[Tensor]] = {}  # id of what was made of parameters alone -> it at each point
+        self.sizes: set[int] = set()  # tokens of whole batches, all copies
+        self.largest = 0  # bytes of what was perturbed whole though it is more than a block
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         trained = [i for i, a in enumerate((*args, *kwargs.values())) if self.has_slot(a)]
         if not trained or self._looks(func):
             return func(*args, **kwargs)
-        if func is F.linear and 1 in trained and len(args) > 1:
+        second, third = (id(a) for a in (*args, None, None, None)[1:3])
+        if func is F.linear and second in self.slots:
             return self.linear(*args, **kwargs)
-        if func is torch.addmm and 2 in trained and len(args) == 3 and not kwargs:
+        if func is torch.addmm and third in self.slots and len(args) == 3 and not kwargs:
             return self.addmm(*args)
-        if func is F.embedding and trained == [1] and len(args) > 1:
+        if func is F.embedding and trained == [1] and second in self.slots:
             return self.embedding(*args, **kwargs)
+        if func == torch.Tensor.T.__get__ and id(args[0]) in self.slots and args[0].dim() == 2:
+            turned = func(*args, **kwargs)  # a view
+            self.turned[id(turned)] = turned, args[0]
+            return turned
+        if func in MATMUL and trained == [1] and second in self.turned:  # Falcon's x @ W.T
+            return self.linear(args[0], self.turned[second][1])
         return self.whole(func, args, kwargs)
 
+    def is_shown(self, a) -> bool:
+        return any(id(a) in known for known in (self.slots, self.turned, self.made))
+
     def has_slot(self, a) -> bool:
-        return any(map(self.has_slot, a)) if isinstance(a, list | tuple) else id(a) in self.slots
+        return any(map(self.has_slot, a)) if isinstance(a, list | tuple) else self.is_shown(a)
 
     @staticmethod
     def _looks(func) -> bool:
@@ -71,20 +89,39 @@ class Streamed(TorchFunctionMode):
             z[query] = self.direction(slot, query, rows) if query not in z else z[query]
         return [(z[q].to(values.dtype) * scale).add_(values).to(slot.param.dtype) for q, scale in self.points]
 
-    def all_of(self, param: Tensor) -> list[Tensor]:
-        """A small parameter, whole, at each point."""
-        slot = self.slots[id(param)]
-        return [value.view(param.shape) for value in self.shown(slot, range(len(slot.matrix)))]
+    def all_of(self, a: Tensor) -> list[Tensor]:
+        """A small parameter, or what was made of some, whole, at each point."""
+        if id(a) in self.made:
+            return self.made[id(a)]
+        if id(a) in self.turned:
+            return [value.T for value in self.all_of(self.turned[id(a)][1])]
+        slot = self.slots[id(a)]
+        if a.numel() > directions.BLOCK:
+            self.largest = max(self.largest, a.nbytes)
+        return [value.view(a.shape) for value in self.shown(slot, range(len(slot.matrix)))]
 
     def biases(self, bias) -> list:
-        return self.all_of(bias) if id(bias) in self.slots else [bias] * len(self.points)
+        return self.all_of(bias) if self.is_shown(bias) else [bias] * len(self.points)
+
+    def keep(self, values: list[Tensor]) -> Tensor:
+        """Something that is no batch, at each point: the first of them stands for all."""
+        if len(values) > 1:
+            self.made[id(values[0])] = values
+        return values[0]
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """The copies of a batch that lie one behind the other along the first axis."""
+        """The copies of a batch that lie one behind the other along the first axis.
+
+        A matrix must have a row for every token of the batch: tokens that were routed to an expert mix the copies.
+        """
         n = len(self.points)
-        if n > 1 and (x.dim() < 2 or len(x) % n):
+        if n == 1:
+            return [x]
+        if x.dim() == 3 or not (self.sizes and x.is_floating_point()):
+            self.sizes.add(x.shape[:-1].numel() if x.is_floating_point() else x.numel())
+        if x.dim() < 2 or len(x) % n or (x.dim() == 2 and x.is_floating_point() and len(x) not in self.sizes):
             raise NoCopies(f"a tensor of shape {list(x.shape)} is not {n} copies")
-        return list(x.chunk(n)) if n > 1 else [x]
+        return list(x.chunk(n))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         slot = self.slots[id(weight)]
@@ -108,27 +145,37 @@ class Streamed(TorchFunctionMode):
     def embedding(self, ids: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
         rows, inverse = ids.unique(return_inverse=True)
         shown = self.shown(self.slots[id(weight)], rows)
+        if len(ids) == 1:  # positions that serve all rows
+            return self.keep([w[inverse] for w in shown])
         return torch.cat([w[i] for w, i in zip(shown, self.split(inverse), strict=True)])
 
     def whole(self, func, args, kwargs):
         """Any other function, once per point, with its parameters perturbed whole and its other tensors split."""
-        made: dict[int, list[Tensor]] = {}
-        n, splits = len(self.points), 0
+        held: dict[int, list[Tensor]] = {}
+        n, splits, others = len(self.points), 0, 0
 
         def at(point: int, a):
-            nonlocal splits
+            nonlocal splits, others
             if isinstance(a, list | tuple):
                 return type(a)(at(point, inner) for inner in a)
-            if id(a) in self.slots:
-                if id(a) not in made:
-                    made[id(a)] = self.all_of(a)
-                return made[id(a)][point]
-            if n > 1 and isinstance(a, Tensor) and a.dim() > 1:
-                splits += 1
-                return self.split(a)[point]
+            if self.is_shown(a):
+                if id(a) not in held:
+                    held[id(a)] = self.all_of(a)
+                return held[id(a)][point]
+            if n > 1 and isinstance(a, Tensor):
+                others += 1
+                if a.dim() > 1:
+                    splits += 1
+                    return self.split(a)[point]
             return a
 
         outs = [func(*(at(i, a) for a in args), **{k: at(i, a) for k, a in kwargs.items()}) for i in range(n)]
-        if n > 1 and not splits:
+        if n == 1:
+            return outs[0]
+        tensors = all(isinstance(out, Tensor) for out in outs)  # attention in one function, say, gives tuples
+        if tensors and splits:
+            return torch.cat(outs)
+        stacked = any(values[0].dim() > 2 for values in held.values())  # experts: see `split`
+        if not tensors or others or stacked or outs[0].numel() > directions.BLOCK:
             raise NoCopies(f"{getattr(func, '__name__', func)} is given a parameter and nothing that holds the copies")
-        return outs[0] if n == 1 else torch.cat(outs)
+        return self.keep(outs)

@@ -76,7 +76,8 @@ class OurTrainer(Trainer):
         signals: requests to stop, see checkpoint.py.
         settings: what makes this run another run than one with other values; kept in each checkpoint.
 
-    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. None trains the whole model.
+    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. Without it a `PrefixTuning` of the
+    model is trained, or all parameters that require a gradient.
     """
 
     def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, signals=None, **kwargs):
@@ -87,6 +88,8 @@ class OurTrainer(Trainer):
         self.lora_module = None
         self.store: bottom.Store | None = None
         self._staging = None
+        if getattr(kwargs["model"], "is_quantized", False):  # the Trainer wants adapters there, and knows PEFT's only
+            kwargs["model"]._hf_peft_config_loaded = True
         super().__init__(*args, **kwargs)
         # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -102,21 +105,27 @@ class OurTrainer(Trainer):
             self.add_callback(parallel.Watch(self.settings, self.args.rank_check_steps))
         self.exchange = shares.Exchange(self.args.zo_parallel == "queries", self.signals)
 
+    @property
+    def adapter(self):
+        """What is trained beside a frozen model, a `LoRA` or a `PrefixTuning`; None trains parameters of the model."""
+        return self.lora_module or scoring.trained_prefix(self.model)
+
     # ---- the step ----
 
     def create_optimizer(self, model=None):
-        args, adapters = self.args, self.lora_module is not None
+        args, adapter = self.args, self.adapter
         if not self.zeroth_order:
-            if not adapters:
+            if not self.lora_module:
                 return super().create_optimizer(model)
             for p in self.lora_module.parameters():  # those too that only a later round trains
                 p.requires_grad_(True)
             super().create_optimizer(model)
             self.lora_module.require_grad(self.holds_a)
         elif self.optimizer is None:
-            if adapters:
+            if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)
-                groups = [{"params": self.lora_module.parameters()}]
+            if adapter:
+                groups = [{"params": list(adapter.parameters())}]
             else:
                 decayed = self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
                 named = [(name in decayed, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -126,15 +135,14 @@ class OurTrainer(Trainer):
                 ]
             self.zo = self.optimizer = ZerothOrder(
                 groups, args.learning_rate, args.zo_eps, args.seed, clip=args.max_grad_norm,
-                normalize=args.zo_normalize, master=adapters, method=self.method,
-                distribution=args.zo_distribution, optim=args.zo_optim,
-                spread=self.lora_module.spread if adapters else None,
+                normalize=args.zo_normalize, master=adapter is not None, method=self.method,
+                distribution=args.zo_distribution, optim=args.zo_optim, spread=adapter.spread if adapter else None,
             )  # fmt: skip
             walk = rounding_walk(self.zo, args.learning_rate)
             if walk > 1:
                 logger.warning(
                     "rounding moves these half-precision weights about %.0f x as far as the updates do (|g| = 1): "
-                    "adapters (--lora, --xgblora) or float32 keep them", walk,
+                    "adapters (--lora, --xgblora, --prefix_tuning) or float32 keep them", walk,
                 )  # fmt: skip
         return self.optimizer
 
@@ -207,6 +215,8 @@ class OurTrainer(Trainer):
         return self.zo.projected_grad
 
     def log(self, logs, start_time=None):
+        if self.zeroth_order and "loss" in logs and self.args.objective:
+            logs["zero_gradient_share"] = self.zo.scalars["zero"] / max(1, self.zo.scalars["step"])
         if self.zeroth_order and "loss" in logs and self.zo.scalars["skipped"]:
             logs["skipped_steps"] = self.zo.scalars["skipped"]
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # a NaN that has been logged must not spoil the sums to come
@@ -360,10 +370,10 @@ class OurTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
         output_dir = Path(output_dir or self.args.output_dir)
-        if self.lora_module is None:
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
+        if self.adapter:
+            self.adapter.save_pretrained(output_dir)
         else:
-            self.lora_module.save_pretrained(output_dir)
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 
@@ -373,7 +383,7 @@ class OurTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Rank 0 writes, where all have the same weights; the others take over how it went."""
         if parallel.size() > 1:
-            weights = parallel.fingerprint([*self.model.parameters()])
+            weights = parallel.fingerprint(parallel.everything(self.model, self.optimizer))
             parallel.refuse_divergence(weights, f"weights at step {self.state.global_step}")
         if self.save_out_of_turn:
             self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
@@ -428,10 +438,10 @@ class OurTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.lora_module is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.adapter:
+            self.adapter.load(resume_from_checkpoint)
         else:
-            self.lora_module.load(resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         logger.info("loading the best checkpoint, %s", self.state.best_model_checkpoint)

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import importlib.util
 import logging
 import re
 import resource
@@ -19,6 +20,17 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 class UsageError(ValueError):
     """Bad input: one line that says what is wrong and what to type instead. `run.py` prints it and exits with 2."""
+
+
+def from_file(name: str):
+    """What `file.py:name` stands for, or None where there is no such file or nothing of that name in it."""
+    path, _, attribute = name.rpartition(":")
+    if not path or not Path(path).is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, attribute, None)
 
 
 def load_tokenizer(path, model_type: str | None = None, trust: bool = False):

@@ -173,10 +173,11 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("a parameter to train has no storage (it is on the meta device, offloaded)")
         self.eps, self.clip, self.normalize, self.master, self.spread = eps, clip, normalize, bool(master), spread
         self.method, self.noise = method or Method(queries), Noise(seed, distribution)
-        self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0}
+        self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0, "zero": 0}
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
         self.trajectory, self.one_by_one, self.optim = Trajectory(), False, optim
+        self.whole = 0  # bytes of the largest tensor that could not be streamed in blocks
         self.slots = self._slots()
         self.load_master()
         self.inner = self._inner()
@@ -275,8 +276,14 @@ class ZerothOrder(torch.optim.Optimizer):
     def _ask(self, ask: Callable, group: list[tuple[int, float]], batched: bool):
         """The loss at a point, or the losses of a group of points, [copies]."""
         if not self.master:
-            with Streamed(self.slots, group, self.direction):
-                return ask()
+            with Streamed(self.slots, group, self.direction) as streamed:
+                losses = ask()
+            if streamed.largest > self.whole:
+                self.whole = streamed.largest
+                logger.warning("this model's layers need up to %.1f MB of weights perturbed at once", self.whole / 1e6)
+            if streamed.is_shown(losses):
+                raise NoCopies("the loss is made of parameters alone")
+            return losses
         if not batched:
             ((query, scale),) = group
             for slot in self.slots:
@@ -301,6 +308,7 @@ class ZerothOrder(torch.optim.Optimizer):
         scalars = self.scalars
         scalars["in_a_row"] = 0 if finite else scalars["in_a_row"] + 1
         scalars["skipped"] += len(self.projected_grads) > len(finite)
+        scalars["zero"] += not any(self.projected_grads)  # losses that don't differ teach nothing
         n = len(self.projected_grads)
         scaled = [self._scaled(g) / n if math.isfinite(g) else math.nan for g in self.projected_grads]
         rates = [group["lr"] for group in self.param_groups]

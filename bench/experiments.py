@@ -69,6 +69,7 @@ class Arm:
         return OUT / self.task / f"{slug}-{self.steps}x{self.batch}-seed{seed}.json"
 
 
+CONFIRM = (0, 1, 2, 3, 4)  # seeds of what claims rest on
 BIAS = "bias"  # no run of run.py: see `label_bias`
 LORA = "--trainer zo --lora"
 BOOST = "--trainer zo --xgblora"
@@ -87,9 +88,12 @@ def grid() -> list[Arm]:
     )
     no_merge = f"{LORA} --lora_r 1 {B_ONLY.format(rate=5e-3, eps=3e-2)}"
     sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
+    probing = "--linear_probing --num_train 1000 --train_set_seed {seed}"
+    rank8 = f"{LORA} --lora_alpha 128 --zo_normalize --zo_eps 1e-2 --learning_rate"
     return [
         Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
         Arm("start", "label bias only", BIAS, steps=0),
+        Arm("start", "linear probing", probing, steps=0),
         Arm("start", "16 demonstrations", "--trainer none --num_train 16 --train_set_seed {seed}", steps=0),
         Arm("base", "XGBLoRA B only normalised", base()),
         Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
@@ -99,10 +103,8 @@ def grid() -> list[Arm]:
         *(Arm("rate", f"η {rate:g}", base(rate=rate)) for rate in (3e-3, 8e-3)),
         Arm("methods", "MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5"),
         Arm("methods", "MeZO-LoRA r 8, alpha 16, η 1e-3", f"{LORA} {sgd} 1e-3"),
-        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised",
-            f"{LORA} --lora_alpha 128 --zo_normalize --learning_rate 5e-4 --zo_eps 1e-2"),
-        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}",
-              f"{LORA} --lora_alpha 128 --zo_normalize --learning_rate {rate} --zo_eps 1e-2")
+        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised", f"{rank8} 5e-4"),
+        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}", f"{rank8} {rate}")
           for rate in ("1e-3", "2e-3")),
         Arm("methods", "MeZO-LoRA r 1, A and B", f"{LORA} --lora_r 1 {sgd} 3e-4"),
         Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
@@ -134,6 +136,14 @@ def grid() -> list[Arm]:
             "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
         Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
         Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
+        # Confirmation: what was chosen on the dev rows, fixed before any of these tasks was run.
+        *(arm for task in ("Tweets", "SST2", "Products", "Editorials", "Reviews") for arm in (
+            Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,), task=task),
+            Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
+            Arm("start", "linear probing", probing, steps=0, task=task),
+            Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
+            Arm("methods", "MeZO-LoRA r 8 at its best", f"{rank8} 1e-3", seeds=CONFIRM, task=task),
+        )),
     ]  # fmt: skip
 
 
@@ -288,14 +298,18 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "plot", "list"])
     parser.add_argument("--groups", nargs="+", help="only these groups")
     parser.add_argument("--only", default="", help="only arms whose name holds this")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks; dev stands for the dev rows of Reviews")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     arms = [a for a in grid() if (not args.groups or a.group in args.groups) and args.only in a.name]
+    arms = [a for a in arms if not args.tasks or a.task in args.tasks]
     if args.what == "table":
         return table(arms)
     if args.what == "plot":
         return plot(arms, OUT / "arms.png")
     jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
+    jobs = [(arm, seed) for arm, seed in jobs if not args.seeds or seed in args.seeds]
     if args.what == "list":
         for arm, seed in jobs:
             print(f"python run.py {arm.command} --seed {seed}")

@@ -37,6 +37,8 @@ SAME = {
     "queries": (f"{ZO} --lora --max_steps 6 --zo_queries 3 --zo_parallel queries", "--per_device_train_batch_size 4"),
     "adaptive": (f"{BOOST} {ADAPTIVE} --load_best_model_at_end --metric loss", ""),
     "cached": (f"{BOOST} --xgblora_layers top:1 --zo_cache_activations --max_steps 8", ""),
+    "prefix": (f"{ZO} --prefix_tuning --max_steps 6", ""),
+    "objective": (f"{ZO} --lora --objective accuracy --max_steps 4", ""),
     "regular": (f"{ZO.replace('zo', 'regular')} --lora --max_steps 6 --gradient_accumulation_steps 2", ""),
 }
 SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
@@ -181,7 +183,7 @@ def test_the_exchange_of_a_step_is_a_few_bytes(two):
 
 def test_only_rank_0_speaks(two):
     ours, theirs = two["boost"]
-    assert "merged booster 1 at step 6" in ours[1] and "2 ranks divide the batch" in ours[1]
+    assert "merged booster 1 at step 6" in ours[1] and "divided among 2 ranks" in ours[1]
     assert theirs[1] == ""
 
 

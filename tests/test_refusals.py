@@ -158,6 +158,7 @@ def test_ranks(refused, monkeypatch):
     refused("--trainer zo --lora --max_steps 1", "WORLD_SIZE is 4", "torchrun")
     refused("--trainer zo --lora --zo_parallel queries --zo_queries 3", "--zo_queries 4 or more")
     refused("--trainer regular --lora --zo_parallel queries --zo_queries 8", "--trainer zo")
+    refused("--trainer regular --lora --fsdp full_shard", "--fsdp under torchrun")
     refused("--trainer zo --lora --replay trajectory.safetensors", "--replay")
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,23 +266,77 @@ class Odd(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(1.5))
         self.experts = nn.ParameterList([nn.Parameter(torch.randn(16)) for _ in range(3)])
 
-    def forward(self, x):
+    def forward(self, x, copies=1):
         y, _ = self.attention(x, x, x, need_weights=False)
-        return (y * self.temperature * torch.stack(list(self.experts)).sum(0)).square().mean()
+        y = y * self.temperature * torch.stack(list(self.experts)).sum(0)
+        return y.square().unflatten(0, (copies, -1)).mean((1, 2, 3))
 
 
 def test_parameters_used_in_their_own_way_are_perturbed_too():
     torch.manual_seed(0)
-    model, x = Odd().eval(), torch.randn(3, 5, 16)
+    model, x = Odd().eval(), torch.randn(3, 6, 16)
     engine = ZerothOrder(model, eps=1e-2, master=False)
-    closure = lambda copies=1: model(x.repeat(copies, 1, 1))  # noqa: E731
+    closure = lambda copies=1: model(x.repeat(copies, 1, 1), copies)  # noqa: E731
     params = list(model.parameters())
     expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
     engine.estimate(closure)
     assert engine.losses == pytest.approx(expected, rel=1e-5)
     engine.losses = [0.0, 0.0]
-    engine.estimate(closure, copies=2)  # torch.stack has nothing to split: one forward a point, and right
+    engine.estimate(closure, copies=2)  # inside this attention tokens come first: one forward a point, and right
     assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
+
+
+class Routed(nn.Module):
+    """Half of the tokens go to each of two experts: what an expert sees is no batch of copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts = nn.Linear(16, 16), nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x, copies=1):
+        x, y = self.first(x), torch.zeros_like(x)
+        order = x[..., 0].flatten().argsort()
+        for expert, chosen in zip(self.experts, order.chunk(2), strict=True):
+            y.view(-1, 16)[chosen] = expert(x.view(-1, 16)[chosen])
+        return y.square().unflatten(0, (copies, -1)).mean((1, 2, 3))
+
+
+UNSPLITTABLE = {
+    "experts": lambda model, x, n: model(x.repeat(n, 1, 1), n),
+    "a penalty on the weights": lambda model, x, n: model(x.repeat(n, 1, 1), n) + model.first.bias.square().sum(),
+    "nothing of the batch": lambda model, x, n: model.first.bias.square(),
+}
+
+
+@pytest.mark.parametrize("kind", UNSPLITTABLE)
+def test_where_copies_can_t_be_told_apart_each_point_has_a_forward(kind, caplog):
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(4, 6, 16)
+    engine = ZerothOrder(model, eps=1e-2, master=False)
+    closure = lambda copies=1: UNSPLITTABLE[kind](model, x, copies).mean(0 if copies == 1 else ())  # noqa: E731
+    params = list(model.parameters())
+    expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
+    for _ in range(2):
+        engine.losses = [0.0, 0.0]
+        engine.estimate(closure, copies=2)
+        assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
+    assert len(caplog.records) == 1
+
+
+def test_adapted_experts_have_a_forward_for_each_point(caplog):
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(4, 6, 16)
+    model.config = SimpleNamespace(model_type="routed")
+    lora = LoRA(model, 2, 16, targets=["experts.0", "experts.1"])
+    for module in lora.lora_modules:
+        module.lora_B.data.normal_()
+    engine = ZerothOrder(model, eps=1e-2, master=True, spread=lora.spread)
+    found = []
+    for copies in (1, 2):
+        engine.losses = [0.0, 0.0]
+        engine.estimate(lambda copies=1: model(x.repeat(copies, 1, 1), copies), copies=copies)
+        found.append(engine.losses)
+    assert found[0] == found[1] and engine.one_by_one and len(caplog.records) == 1
 
 
 def test_no_second_copy_and_no_large_temporary(monkeypatch):

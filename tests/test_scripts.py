@@ -1,4 +1,4 @@
-"""`mezo.sh` prints its settings and hands them to one `run.py` call."""
+"""`mezo.sh`, `finetune.sh` and `icl.sh` print their settings and hand them to one `run.py` call."""
 
 import json
 import os
@@ -10,9 +10,13 @@ import run
 ROOT = Path(run.__file__).parent
 
 
-def mezo(environment: dict, *words: str) -> subprocess.CompletedProcess:
+def script(name: str, environment: dict, *words: str) -> subprocess.CompletedProcess:
     settings = {**os.environ, **{k: str(v) for k, v in environment.items()}}
-    return subprocess.run(["bash", str(ROOT / "mezo.sh"), *words], env=settings, capture_output=True, text=True)
+    return subprocess.run(["bash", str(ROOT / name), *words], env=settings, capture_output=True, text=True)
+
+
+def mezo(environment: dict, *words: str) -> subprocess.CompletedProcess:
+    return script("mezo.sh", environment, *words)
 
 
 def test_a_boosted_run_with_every_setting(model_dir, data_dir, tmp_path):
@@ -57,3 +61,38 @@ def test_sizes_and_the_loss_fit_the_task(tmp_path):
         extra = next(line for line in done.stdout.splitlines() if line.startswith("Extra args"))
         assert ("--train_as_classification" in extra) == (task not in ("Copa", "SQuAD"))
     assert "TRAIN/DEV/EVAL: 54/10/1000" in mezo({"TASK": "WSC", "TRAIN": 54, "DEV": 10, "DATA_DIR": tmp_path}).stdout
+
+
+def test_prefix_mode(model_dir, data_dir, tmp_path):
+    environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "MODE": "prefix", "TRAIN": 8, "DEV": 4, "STEPS": 1}
+    words = ["--result_file", str(tmp_path / "r.json"), "--output_dir", str(tmp_path / "out"), "--eval_steps", "1"]
+    done = script("mezo.sh", environment, *words, "--save_steps", "1")
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / "r.json").read_text())["args"]
+    assert args["prefix_tuning"] and args["num_prefix"] == 5 and (args["learning_rate"], args["zo_eps"]) == (1e-2, 1e-1)
+
+
+def test_finetune_sh_back_propagates_for_epochs(model_dir, data_dir, tmp_path):
+    environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "MODE": "lora", "TRAIN": 16, "DEV": 4, "EVAL": 4}
+    words = ["--result_file", str(tmp_path / "r.json"), "--output_dir", str(tmp_path / "out")]
+    done = script("finetune.sh", {**environment, "BS": 4, "EPOCH": 2, "SEED": 3, "LR": 1e-3}, *words)
+    assert done.returncode == 0, done.stderr
+    assert "EPOCH: 2" in done.stdout.splitlines() and "BS: 4 (4 at a time)" in done.stdout.splitlines()
+    result = json.loads((tmp_path / "r.json").read_text())
+    expected = {
+        "trainer": "regular", "lora": True, "num_train_epochs": 2, "per_device_train_batch_size": 4, "seed": 3,
+        "learning_rate": 1e-3, "eval_strategy": "epoch", "train_as_classification": True, "num_dev": 4,
+    }  # fmt: skip
+    assert {name: result["args"][name] for name in expected} == expected and result["forward_passes"] == 8
+    done = script("finetune.sh", {"TASK": "DROP", "DATA_DIR": tmp_path})
+    assert "BS: 8 (1 at a time)" in done.stdout.splitlines() and done.returncode == 2
+
+
+def test_icl_sh_shows_demonstrations(model_dir, data_dir, tmp_path):
+    environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "TRAIN": 4, "EVAL": 4}
+    for more, train_set in (({}, None), ({"SEED": 5}, 5)):
+        done = script("icl.sh", {**environment, **more}, "--result_file", str(tmp_path / "r.json"))
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["args"]["trainer"] == "none" and result["args"]["num_train"] == 4
+        assert result["sets"][0]["train_set"] == train_set
