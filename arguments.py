@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+import parallel
 import rules
 from defaults import RECIPES, published, settings_block, warnings
 from metrics import LOWER
@@ -102,6 +103,16 @@ class OurArguments(TrainingArguments):
     zo_batched: str = flag(
         "auto", "training", "both signs and all queries in one forward: auto, on or off", choices=["auto", "on", "off"]
     )
+    zo_parallel: str = flag(
+        "data",
+        "training",
+        "under torchrun: ranks divide the batch (data) or the directions of a step (queries)",
+        choices=["data", "queries"],
+    )
+    rank_check_steps: int = flag(
+        100, "training", "under torchrun: compare the trained weights of all ranks every n steps (0: when saving)"
+    )
+    ddp_timeout: int = flag(600, "training", "under torchrun: seconds until a rank that does not answer is given up")
     zo_method: str = flag("mezo", "training", "mezo, lozo, or file.py:Name with a subclass of zo.Method")
     zo_check: bool = flag(False, "training", "measure first whether zo_eps, learning rate and precision fit")
     replay: str | None = flag(
@@ -213,8 +224,28 @@ class OurArguments(TrainingArguments):
         if self.torch_compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             logger.warning("--torch_compile: no C++ compiler on this machine, running eagerly")
             self.torch_compile = False
-        super().__post_init__()
+        with parallel.hidden():
+            super().__post_init__()
+        parallel.start(self.ddp_timeout)
+        if not parallel.leads():
+            self.disable_tqdm = True
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the ranks divide a batch."""
+        return parallel.size() if self.zo_parallel == "data" else 1
+
+    @property
+    def train_batch_size(self) -> int:
+        """Rows that are drawn at a time, for all ranks."""
+        return self.per_device_train_batch_size * self.shares
+
+    @property
+    def process_index(self) -> int:
+        return parallel.rank()
+
+    local_process_index = process_index  # what one rank does alone, rank 0 does, and not one of each node
 
     def announce(self) -> None:
         """The settings that matter, as they took effect, in one block; then what looks like a mistake."""

@@ -85,13 +85,21 @@ class Store:
     """What comes to layer `first` for every token of the training examples: [tokens, D] on the host, in the model's
     dtype. `examples` are the given ones, each of which knows its place.
 
+    Of several ranks each keeps every `ranks`-th example, from number `rank` on; the others have no places.
     Filled in the order of the examples, in packs within evaluation's budget, so that a resumed run has the same bits.
     Raises UsageError where the machine has no room for it.
     """
 
-    def __init__(self, model, layers: nn.ModuleList, first: int, examples: Sequence[scoring.Example], plain: bool):
-        self.examples, trees, size = [], [], 0
-        for x in examples:
+    def __init__(
+        self, model, layers: nn.ModuleList, first: int, examples: Sequence[scoring.Example], plain: bool,
+        rank: int = 0, ranks: int = 1,
+    ):  # fmt: skip
+        self.examples, trees, size, own = [], [], 0, []
+        for i, x in enumerate(examples):
+            if i % ranks != rank:
+                self.examples.append(x)
+                continue
+            own.append(i)
             tree = scoring.Tree.of([(0, x, range(len(x.encodings)))])
             places = [[size + node for node in tree.paths[0, k]] for k in range(len(x.encodings))]
             self.examples.append(dataclasses.replace(x, places=places))
@@ -99,7 +107,7 @@ class Store:
             size += len(tree.tokens)
         width = model.config.get_text_config().hidden_size
         needed, free = size * width * model.dtype.itemsize, psutil.virtual_memory().available
-        what = f"--zo_cache_activations: {len(examples)} rows, {size} tokens of width {width}: {needed / 1e6:.1f} MB"
+        what = f"--zo_cache_activations: {len(own)} rows, {size} tokens of width {width}: {needed / 1e6:.1f} MB"
         if needed > 0.9 * free:
             raise UsageError(
                 f"{what}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, or no cache"
@@ -108,7 +116,7 @@ class Store:
         self.states = torch.empty(size, width, dtype=model.dtype)
         device = next(model.parameters()).device
         for group in packs(trees):
-            members = [self.examples[i] for i in group]
+            members = [self.examples[own[i]] for i in group]
             forest = scoring.trees(members, plain=True) if plain else [
                 scoring.Tree.of([(e, x, range(len(x.encodings)))]) for e, x in enumerate(members)
             ]  # fmt: skip

@@ -67,7 +67,8 @@ def settings_block(args) -> dict[str, str]:
     if args.trainer != "none":
         rows["learning rate"] = f"{args.learning_rate:g} ({args.lr_scheduler_type.value})"
         accumulated = args.gradient_accumulation_steps
-        rows["batch"] = f"{args.per_device_train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
+        rows["batch"] = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
+        rows["batch"] += f", divided among {args.shares} ranks" if args.shares > 1 else ""
         rows["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         rows["objective"] = args.objective or (
             "classification" if args.train_as_classification else "language modelling"
@@ -126,6 +127,7 @@ INCIDENTAL = {
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir", "data_seed",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "num_train_sets", "logging_dir", "do_eval",
+    "zo_parallel", "rank_check_steps", "ddp_timeout", "ddp_backend", "local_rank",
 }  # fmt: skip
 # The settings that a replay has to share with its run: what the weights come from, and how a step moves them.
 REPLAYED = {

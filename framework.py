@@ -20,10 +20,12 @@ import generation
 import memory
 import metrics
 import models
+import parallel
 import prefix
 import probe
 import rules
 import scoring
+import shares
 import staged
 from arguments import OurArguments
 from defaults import INCIDENTAL, REPLAYED
@@ -131,7 +133,7 @@ class Framework:
         if self.probe:
             states = probe.states(self.model, rows.examples, self.plain, progress)
             return self.probe.scores(states, len(rows.examples[0].encodings))
-        score = functools.partial(scoring.score, self.model, plain=self.plain)
+        score = functools.partial(shares.score, self.model, plain=self.plain)
         sums = score(rows.examples, progress=progress)
         if rows.prior is None:
             lens = [x.option_lens for x in rows.examples]
@@ -148,10 +150,14 @@ class Framework:
         golds = [sample.correct_candidate for sample in rows.samples]
         if self.task.kind == GENERATION:
             prompts = [x.encodings[0] for x in rows.examples]
-            answers = generation.generate(
-                self.model, self.tokenizer, prompts, args.eos_token, args.max_new_tokens, cached=not self.plain,
-                seed=args.seed, progress=progress, **args.generating,
+            answer = functools.partial(
+                generation.generate, self.model, self.tokenizer, eos_token=args.eos_token,
+                max_new_tokens=args.max_new_tokens, cached=not self.plain, seed=args.seed + parallel.rank(),
+                progress=progress, **args.generating,
             )  # fmt: skip
+            answers = shares.divided(
+                prompts, [len(p) for p in prompts], lambda some: answer([prompts[i] for i in some])
+            )
             found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
         else:
             found = []
@@ -195,7 +201,8 @@ class Framework:
     def objective_loss(self, rows: Rows, model, inputs) -> torch.Tensor:
         """`--objective`: minus what it says of the model's predictions on the rows of a batch; fp32, no gradient."""
         some = Rows(*([part[i] for i in inputs["row"].tolist()] if part else None for part in rows))
-        found = self.predict(some, progress=False)
+        with shares.undivided():
+            found = self.predict(some, progress=False)
         value = self.objective([one["prediction"] for one in found], [one["gold"] for one in found])
         return torch.tensor(-float(value))
 
@@ -213,15 +220,14 @@ class Framework:
             if len({str(sample.correct_candidate) for sample in every}) == 1:
                 raise UsageError(f"all {len(every)} training rows have one label: there is nothing to tell apart")
         settings = self.settings(train_samples, dev_rows.samples)
-        if args.overwrite:
-            checkpoint.clear(output_dir)
-        found = checkpoint.newest(output_dir)
-        if found:
-            checkpoint.refuse_other_run(found, settings)
+        found = parallel.first(functools.partial(earlier, args, output_dir, settings))
+        parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
         model = self.model
         collate = functools.partial(scoring.pack, plain=self.plain)
         loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
+        weigh, size = functools.partial(shares.weight, classification=args.train_as_classification), shares.tokens
         if self.objective:
+            weigh, size = len, lambda i: shares.tokens(self.trained[i])
             examples = list(range(len(train_samples)))
             collate = lambda rows: {"row": torch.tensor(rows)}  # noqa: E731
             loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
@@ -231,10 +237,12 @@ class Framework:
             train_dataset=examples,
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
-            data_collator=collate,
+            data_collator=shares.Share(collate, weigh, size, divides=args.zo_parallel == "data"),
             loss_fn=loss_fn,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: scoring.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
+            dev_loss_fn=lambda model: scoring.mean_loss(
+                model, dev_examples, args.train_as_classification, self.plain, shares.score
+            ),
             settings=settings,
             signals=signals,
         )
@@ -248,13 +256,14 @@ class Framework:
                 trainer.check()
             if found:
                 logger.info("going on from %s", found)
-            (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
-            trainer.train(resume_from_checkpoint=str(found) if found else None)
+            if parallel.leads():
+                (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
+            trainer.train(resume_from_checkpoint=found)
             if trainer.signals.received:
                 trainer.refuse_unsaved()
             trainer.signals.check()
         trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
-        if args.save_model:
+        if args.save_model and parallel.leads():
             trainer.save_model(str(output_dir))
         trainer.refuse_unsaved()
         model.eval()
@@ -294,6 +303,7 @@ class Framework:
         if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         kept["batch"] = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
+        kept["batch"] *= self.args.shares  # other ranks that share the same batch are the same run
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
@@ -311,3 +321,13 @@ class Framework:
         _ = self.model  # loading it makes the adapters
         lost = self.lora_module.export(directory, self.args.export_rank)
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
+
+
+def earlier(args: OurArguments, output_dir: Path, settings: dict) -> str | None:
+    """The checkpoint that a run goes on from; raises UsageError where it is another run's."""
+    if args.overwrite:
+        checkpoint.clear(output_dir)
+    found = checkpoint.newest(output_dir)
+    if found:
+        checkpoint.refuse_other_run(found, settings)
+    return str(found) if found else None

@@ -51,6 +51,7 @@ def check(args) -> None:
     for names, clash in conflicts.items():
         if clash:
             raise UsageError(f"{names[0]} and {names[1]} exclude each other")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     boosts = args.xgblora and trains
     kind, _ = layer_choice(args.xgblora_layers)
     named = {
@@ -103,7 +104,11 @@ def check(args) -> None:
         "--recipe needs --trainer zo": args.recipe and not zo,
         "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
-        "training runs in one process so far: start it without torchrun": int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
+        and args.zo_queries < ranks,
+        "--fsdp under torchrun is not available yet: each rank holds the whole model": args.fsdp and ranks > 1,
+        "--zo_parallel queries needs --trainer zo": args.zo_parallel == "queries" and not zo,
+        "--replay runs in one process: start it without torchrun": args.replay and ranks > 1,
         "--resume_from_checkpoint is not needed: the same command goes on by itself": args.resume_from_checkpoint,
         f"--lora_r {args.lora_r} with --xgblora: boosters are of rank 1": args.xgblora
         and args.lora_r not in (None, 1)
@@ -129,6 +134,7 @@ def check(args) -> None:
     at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
     at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
     at_least |= {"num_prefix": 1, "xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
+    at_least |= {"rank_check_steps": 0, "ddp_timeout": 1}
     at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
     for name, least in at_least.items():
         value = getattr(args, name)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import parallel
 import results
 import staged
 from arguments import OurArguments, parse
@@ -25,6 +26,8 @@ from tasks import get_task
 from utils import UsageError, keep_pages
 
 logger = logging.getLogger("run")
+# What says all there is to say in its own words, and what every rank raises where one does.
+SAID = (UsageError, FloatingPointError, checkpoint.Unsaved, parallel.PeerLost, parallel.PeerFailed, parallel.Diverged)
 
 
 def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
@@ -63,11 +66,14 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
     dev_rows = framework.rows(dev_samples)
     measured, start, cpu = {"train_set": train_set}, time.perf_counter(), time.process_time()
-    with checkpoint.Signals(args.save_on_interrupt and trains) as signals:
+    with parallel.Signals(args.save_on_interrupt and trains) as signals:
         if trains:
-            with checkpoint.locked(output_dir):
+            with parallel.locked(output_dir):
                 framework.train(train_samples, dev_rows, output_dir, signals)
             measured["forward_passes"] = framework.trainer.forward_passes
+            if parallel.size() > 1:
+                measured["ranks"] = framework.trainer.exchange.report()
+                logger.info("ranks: %s", measured["ranks"])
         elif args.linear_probing:
             framework.fit_probe(train_samples)
         measured["train_seconds"] = round(time.perf_counter() - start, 2)
@@ -85,16 +91,16 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
 def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval_rows: Rows | None) -> dict:
     """What the model, trained or not, is worth: its files, its metrics and its predictions, as the flags ask."""
     args, measured = framework.args, {}
-    if args.save_merged:
+    if args.save_merged and parallel.leads():
         framework.save_merged(output_dir / "merged")
-    if args.export_rank:
+    if args.export_rank and parallel.leads():
         framework.export(output_dir / f"rank{args.export_rank}")
     if dev_rows.samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
         found = framework.predict(eval_rows)
         measured |= framework.metrics(found)
-        if args.predictions:
+        if args.predictions and parallel.leads():
             path = Path(args.predictions)
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
             several = (args.num_train_sets or 1) > 1
@@ -118,7 +124,7 @@ def replay(args: OurArguments) -> int:
 
 def explanation(error: Exception) -> str | None:
     """What to tell the person at the terminal; None where only a traceback tells it."""
-    if isinstance(error, UsageError | FloatingPointError | checkpoint.Unsaved) or checkpoint.is_full(error):
+    if isinstance(error, SAID) or checkpoint.is_full(error):
         return " ".join(str(error).split())
     words = str(error)
     if isinstance(error, pickle.UnpicklingError):
@@ -130,6 +136,14 @@ def explanation(error: Exception) -> str | None:
             "goes on from the last checkpoint"
         )
     return None
+
+
+def say(words: str, alone: bool = False) -> None:
+    """The last line of a run that does not end well: rank 0's, and of another rank what it `alone` knows."""
+    if parallel.leads():
+        print(f"run.py: {words}", file=sys.stderr)
+    elif alone:
+        print(f"run.py: rank {parallel.rank()}: {words}", file=sys.stderr)
 
 
 def main(argv=None) -> int:
@@ -149,23 +163,26 @@ def main(argv=None) -> int:
         measured = []
         for one in sets:
             measured.append(run_set(args, task, *one))
-            if len(sets) > 1:
+            if len(sets) > 1 and parallel.leads():
                 results.write(results.set_path(path, one[0]), args, measured[-1:])
+        if not parallel.leads():
+            return 0
         result = results.write(path, args, measured)
         if args.staged:
             labels = [f"trainset{one['train_set']}" for one in measured]
             staged.picture([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
     except checkpoint.Interrupted as signal:
-        print(f"run.py: stopped by {signal}; the same command goes on from the last checkpoint", file=sys.stderr)
+        say(f"stopped by {signal}; the same command goes on from the last checkpoint")
         return checkpoint.REQUEUE
     except KeyboardInterrupt:
-        print("run.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        say("interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
         said = explanation(error)
         if not said:
             raise
-        print(f"run.py: error: {said}", file=sys.stderr)
+        lost = isinstance(error, parallel.PeerLost) and parallel.rank() == 1  # rank 0 itself, perhaps
+        say(f"error: {said}", alone=lost or not isinstance(error, SAID))
         return 2 if isinstance(error, UsageError | pickle.UnpicklingError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0

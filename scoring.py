@@ -297,10 +297,13 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copie
     return losses if copies else losses[0]
 
 
-def mean_loss(model: nn.Module, examples: Sequence[Example], classification: bool, plain: bool = False) -> float:
-    """`loss` of many examples as if they were one batch, in packs of evaluation; NaN where the model gives NaN."""
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], classification: bool, plain: bool = False, scores=None
+) -> float:
+    """`loss` of many examples as if they were one batch, in packs of evaluation; NaN where the model gives NaN.
+    `scores` stands in for `score`."""
     try:
-        sums = score(model, examples, plain=plain)
+        sums = (scores or score)(model, examples, plain=plain)
     except FloatingPointError:
         return math.nan
     if not classification:

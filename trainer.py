@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import bottom
 import checkpoint
+import parallel
 import scoring
+import shares
 from boosting import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
 from check import advice, check, rounding_walk
 from methods import get_method
@@ -79,7 +82,7 @@ class OurTrainer(Trainer):
 
     def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, signals=None, **kwargs):
         self.loss_fn, self.evaluate_fn, self.dev_loss_fn = loss_fn, evaluate_fn, dev_loss_fn
-        self.signals, self.save_out_of_turn = signals or checkpoint.Signals(), False
+        self.signals, self.save_out_of_turn = signals or parallel.Signals(), False
         self.unsaved: BaseException | None = None  # why the last state is not on the disk
         self.settings = settings or {}
         self.lora_module = None
@@ -98,6 +101,9 @@ class OurTrainer(Trainer):
         if self.args.xgblora:
             self.add_callback(self.boosting)
         self.add_callback(Stopping(self))
+        if parallel.size() > 1:
+            self.add_callback(parallel.Watch(self.settings, self.args.rank_check_steps))
+        self.exchange = shares.Exchange(self.args.zo_parallel == "queries", self.signals)
 
     @property
     def adapter(self):
@@ -141,14 +147,20 @@ class OurTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if parallel.size() > 1:
+            return self.exchange.step(self, super().training_step, model, inputs)
         if not self.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.eval()  # dropout would differ between the two forwards
-        inputs = self._prepare_inputs(inputs)
-        weight = 1 / self.current_gradient_accumulation_steps
+        inputs, weight = self._prepare_inputs(inputs), 1 / self.current_gradient_accumulation_steps
+        losses = self.ask(model, inputs, self.method.points())
+        self.zo.add(losses, weight)
+        return torch.tensor(math.fsum(losses) / len(losses) * weight, device=self.args.device)
+
+    def ask(self, model, inputs, points) -> list[float]:
+        """The loss of a batch at each of these points."""
+        model.eval()  # dropout would differ between the forwards
         with self.compute_loss_context_manager(), self.below(inputs):
-            loss = self.zo.estimate(partial(self.loss_fn, model, inputs), weight, self.copies(inputs))
-        return torch.tensor(loss * weight, device=self.args.device)
+            return self.zo.losses_at(points, partial(self.loss_fn, model, inputs), self.copies(inputs, points))
 
     def below(self, inputs):
         """A context in which the layers below the lowest perturbed one have run already, for all points of a step."""
@@ -165,26 +177,33 @@ class OurTrainer(Trainer):
     def cache_activations(self, plain: bool) -> None:
         """`--zo_cache_activations`: run the bottom on every training row, once for the whole run."""
         layers, first = self.lora_module.lowest
-        self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain)
+        ranks = (parallel.rank(), parallel.size()) if self.args.shares > 1 else (0, 1)
+
+        def fill():
+            self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain, *ranks)
+
+        parallel.together(fill)
         self.train_dataset = self.store.examples
+        self.data_collator.stored = True
 
     def check(self) -> None:
         """`--zo_check`: measure on the first batch, and say what would be better."""
         self.create_optimizer()
-        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        inputs = next(batch for batch in self.get_train_dataloader() if "input_ids" in batch)
+        inputs = self._prepare_inputs(inputs)
         self.model.eval()
         for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
             logger.info(line)
         self.optimizer = None  # a resume makes it for the round that it goes on with
 
-    def copies(self, inputs) -> int:
+    def copies(self, inputs, points) -> int:
         if not self.takes_copies:
             return 1
         tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
-        return copies(tokens, len(self.method.points()), cpu, self.zo.master, self.args.zo_batched)
+        return copies(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.loss_fn(model, inputs)
+        return self.loss_fn(model, inputs) * self.exchange.part
 
     def _clip_grad_norm(self, model):
         return None if self.zeroth_order else super()._clip_grad_norm(model)
@@ -267,7 +286,7 @@ class OurTrainer(Trainer):
         if keep:
             kept = keep()
             lora.truncate(kept)
-        if not (self.zeroth_order and self.method.replayable):
+        if not (self.zeroth_order and self.method.replayable and parallel.leads()):
             return
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         steps = int(best.rpartition("-")[2]) if best else self.state.global_step
@@ -362,13 +381,25 @@ class OurTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
+        """Rank 0 writes, where all have the same weights; the others take over how it went."""
+        if parallel.size() > 1:
+            weights = parallel.fingerprint(parallel.everything(self.model, self.optimizer))
+            parallel.refuse_divergence(weights, f"weights at step {self.state.global_step}")
+        if self.save_out_of_turn:
+            self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
+
+        def write():
+            self._write_checkpoint(model, trial)
+            return self.state.best_model_checkpoint, self.unsaved and str(self.unsaved)
+
+        self.state.best_model_checkpoint, self.unsaved = parallel.first(write)
+
+    def _write_checkpoint(self, model, trial):
         """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""
         output_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / checkpoint.PARTIAL
         shutil.rmtree(self._staging, ignore_errors=True)
-        if self.save_out_of_turn:
-            self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
         best = self.state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)

@@ -244,8 +244,12 @@ class ZerothOrder(torch.optim.Optimizer):
     def estimate(self, closure: Callable, weight: float = 1.0, copies: int = 1) -> float:
         """Add this micro-batch's losses, times `weight`, to those of all points; returns their mean."""
         found = self.losses_at(self.method.points(), closure, copies)
-        self.losses = [total + weight * value for total, value in zip(self.losses, found, strict=True)]
+        self.add(found, weight)
         return math.fsum(found) / len(found)
+
+    def add(self, losses: list[float], weight: float = 1.0) -> None:
+        """Add losses, one a point, that were found elsewhere."""
+        self.losses = [total + weight * value for total, value in zip(self.losses, losses, strict=True)]
 
     def losses_at(self, points: list[tuple[int, float]], closure: Callable, copies: int = 1) -> list[float]:
         """The loss at θ + factor · ε · z_query for each (query, factor); the weights are restored.

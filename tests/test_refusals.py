@@ -175,9 +175,13 @@ def test_dev_rows_never_come_out_of_the_training_rows(refused):
     refused(f"{flags} --data_dir {shared('data')}", "--num_train 1000", "--num_dev 500", "554")
 
 
-def test_training_under_torchrun(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("--trainer zo --lora --max_steps 1", "torchrun")
+def test_ranks(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused("--trainer zo --lora --max_steps 1", "WORLD_SIZE is 4", "torchrun")
+    refused("--trainer zo --lora --zo_parallel queries --zo_queries 3", "--zo_queries 4 or more")
+    refused("--trainer regular --lora --zo_parallel queries --zo_queries 8", "--trainer zo")
+    refused("--trainer regular --lora --fsdp full_shard", "--fsdp under torchrun")
+    refused("--trainer zo --lora --replay trajectory.safetensors", "--replay")
 
 
 def test_models_that_are_none(refused, tmp_path):

@@ -1,0 +1,179 @@
+"""What each of several ranks does of a batch, of a step, of an evaluation; see parallel.py."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import parallel
+import scoring
+from scoring import Example
+
+
+def tokens(x: Example) -> int:
+    """About how many tokens of an example go through the model: the prompt once, and all options."""
+    return len(x.encodings[0]) - x.option_lens[0] + sum(x.option_lens)
+
+
+def weight(examples: Sequence[Example], classification: bool) -> int:
+    """How many things `scoring.loss` is the mean of: examples, or option tokens."""
+    return (
+        len(examples) if classification else sum(len(x.positions(k)) for x in examples for k in range(len(x.encodings)))
+    )
+
+
+def balanced(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Items for each rank, so that their sizes sum up alike: the longest first, each to the rank with least so far."""
+    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        r = loads.index(min(loads))
+        loads[r] += sizes[i]
+        shares[r].append(i)
+    return [sorted(share) for share in shares]
+
+
+def cuts(sizes: Sequence[int], ranks: int) -> list[range]:
+    """Items for each rank, neighbours together, so that their sizes sum up about alike."""
+    total, ends, done = sum(sizes), [], 0
+    for i, n in enumerate(sizes):
+        while len(ends) < ranks - 1 and done + n / 2 >= total * (len(ends) + 1) / ranks:
+            ends.append(i)
+        done += n
+    ends += [len(sizes)] * (ranks - len(ends))
+    return [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+class Share:
+    """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `part`, the fraction of
+    the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else."""
+
+    def __init__(self, pack: Callable, weight: Callable, size: Callable = tokens, divides: bool = True):
+        self.pack, self.weight, self.size, self.divides = pack, weight, size, divides
+        self.stored = False  # rows whose activations are kept stay with the rank that keeps them
+
+    def __call__(self, batch: Sequence[Example]) -> dict[str, Tensor | float]:
+        ranks, rows = parallel.size(), batch
+        if ranks == 1:
+            return self.pack(batch)
+        if self.divides and self.stored:
+            rows = [x for x in batch if x.places is not None]
+        elif self.divides:
+            rows = [batch[i] for i in balanced([self.size(x) for x in batch], ranks)[parallel.rank()]]
+        about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(self.size, rows))}
+        return {**self.pack(rows), **about} if rows else about
+
+
+class Exchange:
+    """A step that the ranks take together: each adds its part of the loss at every point, and all get the sums.
+
+    `queries`: each rank asks at the points of other queries, on the whole batch, instead of on its share of it.
+    """
+
+    def __init__(self, queries: bool, signals: parallel.Signals):
+        self.queries, self.signals, self.part = queries, signals, 1.0
+        self.sums: list[float] = []  # of this rank's micro-batches so far
+        self.load = 0  # tokens that they are
+        self.steps, self.bytes, self.seconds, self.most, self.mean = 0, 0, 0.0, 0, 0.0  # of all steps, for the report
+
+    def mine(self, points: Sequence[tuple[int, float]]) -> list[int]:
+        """Numbers of the points at which this rank asks."""
+        ranks, rank = parallel.size(), parallel.rank()
+        return [i for i, (query, _) in enumerate(points) if not self.queries or query % ranks == rank]
+
+    def step(self, trainer, regular: Callable, model, inputs: dict) -> Tensor:
+        """`training_step` of a trainer; `regular(model, inputs)` is the library's. The exchange, and the loss that is
+        returned, come with the last micro-batch."""
+        inputs = trainer._prepare_inputs(inputs)
+        self.part, load = inputs.pop("part"), inputs.pop("tokens")
+        zo = trainer.zeroth_order
+        points = trainer.method.points() if zo else [(0, 0.0)]
+        mine, losses = self.mine(points), []
+        if inputs and mine and zo:
+            factor = self.part / trainer.current_gradient_accumulation_steps
+            losses = [factor * loss for loss in trainer.ask(model, inputs, [points[i] for i in mine])]
+        elif inputs and mine:
+            losses = [float(regular(model, inputs))]  # compute_loss and the library have multiplied by both
+        self.sums = self.sums or [0.0] * len(points)
+        for i, loss in zip(mine, losses, strict=bool(losses)):
+            self.sums[i] += loss
+        self.load += load * len(mine)
+        totals = [0.0]
+        if trainer.accelerator.sync_gradients:
+            totals = self.total()
+            if zo:
+                trainer.zo.add(totals)
+            else:
+                add_gradients([p for p in parallel.trained(trainer.optimizer) if p.requires_grad])
+        return torch.tensor(math.fsum(totals) / len(totals), device=trainer.args.device)
+
+    def total(self) -> list[float]:
+        """The losses of the whole batch, summed in rank order. What else all have to know goes along: loads, requests
+        to stop."""
+        before = dict(parallel.WIRE)
+        everyone = parallel.gather([*self.sums, self.load, self.signals.heard])
+        totals = [0.0] * len(self.sums)
+        for *sums, _, _ in everyone:
+            totals = [total + one for total, one in zip(totals, sums, strict=True)]
+        *_, loads, heard = zip(*everyone, strict=True)
+        self.signals.agree(heard)
+        self.steps += 1
+        self.bytes += parallel.WIRE["bytes"] - before["bytes"]
+        self.seconds += parallel.WIRE["seconds"] - before["seconds"]
+        self.most, self.mean = self.most + max(loads), self.mean + sum(loads) / len(loads)
+        self.sums, self.load = [], 0
+        return totals
+
+    def report(self) -> dict:
+        """What a step sent and waited, and how evenly its rows were divided (1: evenly)."""
+        steps = self.steps or 1
+        return {
+            "number": parallel.size(), "bytes_per_step": self.bytes / steps,
+            "wait_seconds_per_step": round(self.seconds / steps, 5),
+            "imbalance": round(self.most / self.mean, 4) if self.mean else 1.0,
+        }  # fmt: skip
+
+
+def add_gradients(parameters: Sequence[Tensor]) -> None:
+    """Sum the gradients of the ranks, each of its part of the loss (`--trainer regular`)."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        with parallel.lost():
+            dist.all_reduce(p.grad)
+
+
+_alone: list[bool] = []
+
+
+@contextlib.contextmanager
+def undivided():
+    """Inside, an evaluation is this rank's own, of its share of a batch."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+def divided(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequence]) -> list:
+    """`fn(indices)`, a result an index, the indices divided among the ranks; the results in order. What has keys that
+    begin alike stays together."""
+    if parallel.size() == 1 or _alone:
+        return list(fn(list(range(len(keys)))))
+    order = sorted(range(len(keys)), key=lambda i: keys[i])
+    mine = [order[i] for i in cuts([sizes[i] for i in order], parallel.size())[parallel.rank()]]
+    found: dict[int, object] = {}
+    for some in parallel.together(lambda: list(zip(mine, fn(mine) if mine else (), strict=True))):
+        found |= dict(some)
+    return [found[i] for i in range(len(keys))]
+
+
+def score(model, examples: Sequence[Example], plain: bool = False, progress: bool = False) -> list[list[float]]:
+    """`scoring.score`, divided among the ranks."""
+    return divided(
+        [x.encodings[0] for x in examples],
+        [tokens(x) for x in examples],
+        lambda some: scoring.score(model, [examples[i] for i in some], plain=plain, progress=progress),
+    )

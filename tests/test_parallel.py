@@ -1,0 +1,296 @@
+"""Several ranks take the steps of one process: same trajectory, one writer, and an end when one of them is lost."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import some_examples
+from safetensors.torch import load_file
+from test_run import adapter_bytes
+
+import checkpoint
+import parallel
+import run
+import scoring
+import shares
+from trajectory import Trajectory
+
+ROOT = Path(run.__file__).parent
+ZO = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
+BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 6 --max_steps 20 --train_as_classification"
+SHORT = BOOST.replace("20", "9")
+STOPS = f"{SHORT} --save_on_interrupt --num_dev 8 --eval_strategy steps --eval_steps 2 --save_steps 4"
+ADAPTIVE = "--xgblora_adaptive --xgblora_patience 3 --num_dev 8 --eval_strategy steps --eval_steps 4 --save_steps 4"
+OWN = "--data_dir own --task_name own --template {q}_Answer: --answer_column a --max_new_tokens 4 --num_train 0"
+# name of the output directory -> (flags of two ranks, those of one process that are others)
+SAME = {
+    "boost": (BOOST, ""),
+    "language": (f"{ZO} --lora --max_steps 8", ""),
+    "odd": (f"{ZO} --lora --max_steps 8 --num_train 13 --train_as_classification", ""),
+    "full": (f"{ZO} --max_steps 4 --learning_rate 1e-4 --gradient_accumulation_steps 2", ""),
+    "queries": (f"{ZO} --lora --max_steps 6 --zo_queries 3 --zo_parallel queries", "--per_device_train_batch_size 4"),
+    "adaptive": (f"{BOOST} {ADAPTIVE} --load_best_model_at_end --metric loss", ""),
+    "cached": (f"{BOOST} --xgblora_layers top:1 --zo_cache_activations --max_steps 8", ""),
+    "prefix": (f"{ZO} --prefix_tuning --max_steps 6", ""),
+    "objective": (f"{ZO} --lora --objective accuracy --max_steps 4", ""),
+    "regular": (f"{ZO.replace('zo', 'regular')} --lora --max_steps 6 --gradient_accumulation_steps 2", ""),
+}
+SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
+ONE = "--per_device_train_batch_size 8"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_dir, data_dir):
+    """An empty folder with the flags that all runs share."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rows = [{"q": "ab" * (1 + i % 5), "a": "b"} for i in range(9)]
+    for split in ("train", "validation"):
+        (folder / "own").mkdir(exist_ok=True)
+        (folder / "own" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = os.getcwd()
+    os.chdir(folder)
+    yield f"--model_name {model_dir} --data_dir {data_dir} --disable_tqdm True"
+    os.chdir(before)
+
+
+def flags(place: str, name: str, more: str) -> list[str]:
+    words = f"{place} --output_dir {name} --result_file {name}.json --predictions {name}.jsonl {more}".split()
+    return [word.replace("_Answer", " Answer") for word in words]
+
+
+def alone(place: str, name: str, more: str, status: int = 0) -> None:
+    assert run.main(flags(place, name, more)) == status
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(plan: str, lines: list, *words: str, **environment) -> subprocess.Popen:
+    """A process that runs the lines of a plan: (flags, mishap); under torchrun, where there are `words` for it."""
+    Path(plan).write_text(json.dumps(lines))
+    command = [sys.executable, *(["-m", "torch.distributed.run", *words] if words else [])]
+    command += [str(ROOT / "tests" / "ranks.py"), plan]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        return process.communicate(timeout=150)[0]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def launched(place):
+    """{name: processes} that all start at once: most of their time goes into imports."""
+    alone(place, "grown", f"{SHORT} {ONE}")
+    alone(place, "stopped", f"{STOPS} {ONE}")
+    plan = {name: (more, None) for name, (more, _) in SAME.items()}
+    plan["evaluated"] = (SHOTS, None)
+    plan["answered"] = (OWN, None)
+    plan["grown"] = (BOOST, None)  # goes on from 9 steps of one process
+    plan["calm"] = (f"{SHORT} --save_steps 2", None)
+    plan["nan"] = (SHORT, "nan")
+    plan["signal"] = (STOPS, "signal")
+    plan["evaluating"] = (STOPS, "signal in an evaluation")
+    plan["drifted"] = (f"{SHORT} --save_steps 2", "drift")
+    plan["other"] = (f"{SHORT} --learning_rate 1e-3 --output_dir stopped", None)
+    lines = [(flags(place, name, more), mishap) for name, (more, mishap) in plan.items()]
+    static = ("--nproc_per_node", "2", "--master_port")
+    dies = [(flags(place, "lost", f"{SHORT} --save_steps 2"), "death")]
+    nodes = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d")
+    meet, silent = ("--rdzv_endpoint", f"localhost:{free_port()}"), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    silent["MASTER_PORT"] = free_port()
+    hangs = [(flags(place, "silent", f"{SHORT} --ddp_timeout 4"), "silence")]
+    started = {
+        "two": [launch("two.json", lines, *static, free_port())],
+        "lost": [launch("lost.plan.json", dies, *static, free_port(), "--max-restarts", "1")],
+        "nodes": [launch("nodes.plan.json", [(flags(place, "nodes", f"{SHORT} --save_steps 2"), None)], *nodes, *meet,
+                         ZO_GATHER_DELAY="0.05") for _ in range(2)],
+        "silent": [launch("silent.plan.json", hangs, **silent, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)],
+    }  # fmt: skip
+    yield plan, started
+    for process in [p for some in started.values() for p in some]:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def two(launched):
+    """{name: (exit status, what it said) of each rank} of all runs of two ranks."""
+    plan, started = launched
+    said = finish(started["two"][0])
+    try:
+        statuses = [json.loads(Path(f"two-{r}.json").read_text()) for r in (0, 1)]
+        return dict(zip(plan, zip(*statuses, strict=True), strict=True))
+    except (OSError, ValueError):
+        pytest.fail(said)
+
+
+def weights(name: str, file: str = "boosters") -> dict:
+    return load_file(f"{name}/{file}.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
+
+
+def losses(name: str) -> list[dict]:
+    last = checkpoint.completed(name)[-1]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry or "eval_loss" in entry or "step_length" in entry]
+
+
+def close(a, b, digits: float = 2e-5) -> bool:
+    return a == pytest.approx(b, rel=digits, abs=digits)
+
+
+@pytest.mark.parametrize("name", list(SAME))
+def test_two_ranks_take_the_steps_of_one_process(place, two, name):
+    more, other = SAME[name]
+    assert [status for status, _ in two[name]] == [0, 0], two[name]
+    alone(place, f"{name}-1", f"{more} {ONE} --zo_parallel data {other}")
+    ours, theirs = losses(name), losses(f"{name}-1")
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"] and a.get("step_length") == b.get("step_length")
+        assert all(close(a[key], b[key]) for key in ("loss", "eval_loss") if key in a), (a, b)
+    file = "adapter_model" if name != "full" else "model"
+    assert same(weights(name, file), weights(f"{name}-1", file))
+    if "regular" not in name:
+        ours, theirs = (Trajectory.load(f"{d}/trajectory.safetensors").coefficients for d in (name, f"{name}-1"))
+        assert len(ours) == len(theirs) and all(close(a, b, 1e-4) for a, b in zip(ours, theirs, strict=True))
+    measured = [json.loads(Path(f"{d}.json").read_text()) for d in (name, f"{name}-1")]
+    assert close(measured[0]["loss"], measured[1]["loss"], 1e-4)
+
+
+def test_the_exchange_of_a_step_is_a_few_bytes(two):
+    found = {name: json.loads(Path(f"{name}.json").read_text())["sets"][0]["ranks"] for name in SAME}
+    points = {"queries": 6, "regular": 1}
+    for name, ranks in found.items():
+        assert ranks["number"] == 2 and ranks["bytes_per_step"] == 8 * (points.get(name, 2) + 2)
+    assert found["boost"]["imbalance"] < 1.05 < found["cached"]["imbalance"]
+
+
+def test_only_rank_0_speaks(two):
+    ours, theirs = two["boost"]
+    assert "merged booster 1 at step 6" in ours[1] and "divided among 2 ranks" in ours[1]
+    assert theirs[1] == ""
+
+
+def test_an_evaluation_is_divided_and_put_together_in_order(place, two):
+    for name, more in {"evaluated": SHOTS, "answered": OWN}.items():
+        assert [status for status, _ in two[name]] == [0, 0]
+        alone(place, f"{name}-1", more)
+        ours, theirs = (list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1"))
+        assert [(x["id"], x["prediction"]) for x in ours] == [(x["id"], x["prediction"]) for x in theirs]
+        assert all(close(a["scores"], b["scores"]) for a, b in zip(ours, theirs, strict=True) if "scores" in a)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_run(place, two):
+    assert [status for status, _ in two["grown"] + two["calm"]] == [0] * 4
+    assert "going on from grown/checkpoint-9" in two["grown"][0][1]
+    shutil.copytree("calm", "shrunk")
+    alone(place, "shrunk", f"{BOOST} --save_steps 2 {ONE}")
+    assert "checkpoint-20" in [path.name for path in checkpoint.completed("shrunk")]
+    assert same(weights("grown"), weights("boost")) and same(weights("shrunk"), weights("boost"))
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(two):
+    assert [status for status, _ in two["nan"]] == [0, 0]
+    coefficients = Trajectory.load("nan/trajectory.safetensors").coefficients
+    assert [i for i, row in enumerate(coefficients) if row[0] != row[0]] == [2]
+
+
+@pytest.mark.parametrize("name", ["signal", "evaluating"])
+def test_a_signal_to_one_rank_ends_all_and_a_rerun_goes_on(place, two, name):
+    assert [status for status, _ in two[name]] == [checkpoint.REQUEUE] * 2
+    assert "SIGTERM" in two[name][0][1]
+    alone(place, name, f"{STOPS} {ONE}")
+    assert same(weights(name), weights("stopped"))
+    ours, theirs = ([(e["step"], e["eval_loss"]) for e in losses(d) if "eval_loss" in e] for d in (name, "stopped"))
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    assert all(close(a, b, 1e-4) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+def test_a_rank_with_other_weights_is_named_and_nothing_is_saved(two):
+    assert [status for status, _ in two["drifted"]] == [1, 1]
+    assert "rank 1 of 2 has other weights" in two["drifted"][0][1]
+    assert [path.name for path in checkpoint.completed("drifted")] == ["checkpoint-2"]
+
+
+def test_a_refusal_of_rank_0_is_one_of_all(two):
+    assert [status for status, _ in two["other"]] == [2, 2]
+    assert "learning_rate" in two["other"][0][1].splitlines()[-1] and two["other"][1][1] == ""
+
+
+def test_a_rank_that_dies_ends_the_others_and_torchrun_starts_them_again(launched, two):
+    said = finish(launched[1]["lost"][0])
+    lines = [line for line in said.splitlines() if line.startswith("run.py: error")]
+    assert len(lines) == 1 and "another rank died" in lines[0] and "going on from lost/checkpoint-4" in said, said
+    assert adapter_bytes("lost") == adapter_bytes("calm")
+
+
+def test_a_rank_that_does_not_answer_is_given_up(launched, two):
+    """Without torchrun to end it: rank 1 stops, rank 0 waits `--ddp_timeout` seconds, says so and exits with 1."""
+    rank0, rank1 = launched[1]["silent"]
+    said = finish(rank0)
+    rank1.kill()
+    rank1.wait()
+    assert rank0.returncode == 1 and "does not answer" in said.splitlines()[-1], said
+    waited = float(Path("silent.plan-ended").read_text()) - float(Path("silence").read_text())
+    assert 3.5 < waited < 15
+
+
+def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(launched, two):
+    agents = launched[1]["nodes"]
+    said = [finish(agent) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    ranks = json.loads(Path("nodes.json").read_text())["sets"][0]["ranks"]
+    assert ranks["bytes_per_step"] == 32 and 0.05 < ranks["wait_seconds_per_step"] < 0.15, ranks
+    assert adapter_bytes("nodes") == adapter_bytes("calm")
+
+
+def test_shares_hold_about_as_many_tokens():
+    sizes = [30, 3, 4, 29, 16, 15, 1]
+    assert shares.balanced(sizes, 2) == [[0, 2, 5], [1, 3, 4, 6]]
+    for ranks in (1, 2, 3, 8):
+        parts = shares.balanced(sizes, ranks)
+        assert sorted(i for part in parts for i in part) == list(range(7))
+        pieces = shares.cuts(sizes, ranks)
+        assert [i for piece in pieces for i in piece] == list(range(7)) and len(pieces) == ranks
+    assert shares.cuts([], 2) == [range(0), range(0)]
+
+
+def test_the_shares_of_a_batch_make_up_its_loss(monkeypatch):
+    """The parts of the loss sum to the loss of the whole batch, for means over examples and over option tokens."""
+    examples = some_examples(9)
+    for classification in (True, False):
+        found = []
+        for rank in range(12):  # more ranks than rows
+            monkeypatch.setattr(parallel, "size", lambda: 12)
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            weigh = lambda rows, c=classification: shares.weight(rows, c)  # noqa: E731
+            found.append(shares.Share(scoring.pack, weigh)(examples))
+        assert sum(one["part"] for one in found) == pytest.approx(1, abs=1e-15)
+        assert [len(one) > 2 for one in found].count(False) == 2
+        counted = "label" if classification else "token_option"
+        assert sum(len(one[counted]) for one in found if counted in one) == shares.weight(examples, classification)
+
+
+def test_a_fingerprint_sees_one_bit_of_any_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64):
+        a, b = torch.ones(7, 3).to(dtype), torch.ones(7, 3).to(dtype)
+        assert parallel.fingerprint([a, b]) == parallel.fingerprint([b, a])
+        b.view(-1).view(torch.uint8)[5] ^= 1
+        assert parallel.fingerprint([a]) != parallel.fingerprint([b])
+    assert parallel.fingerprint([torch.ones(2, 2)[:, 0], torch.empty(3, device="meta")])
