@@ -1,39 +1,36 @@
 """The training loop: Hugging Face's, with the step taken by `zo.py` or by back-propagation, and boosting on top.
 
-`OurTrainer` overrides what a step is (`create_optimizer`, `training_step`), what an evaluation is (`evaluate`), and
-what a checkpoint holds (`_save`, `_load_from_checkpoint`); the loop itself is the library's. It knows no tasks:
-`loss_fn` and `evaluate_fn` are given to it. A merge happens at the end of a step, before its evaluation and checkpoint.
+`OurTrainer` overrides what a step is (`create_optimizer`, `training_step`), saving.py what an evaluation is and what a
+checkpoint holds; the loop itself is the library's. It knows no tasks: `loss_fn` and `evaluate_fn` are given to it. A
+merge happens at the end of a step, before its evaluation and checkpoint.
 """
 
 import contextlib
 import inspect
 import itertools
-import json
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 import bottom
-import checkpoint
 import parallel
 import scoring
 import shares
 from boosting import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
 from check import advice, check, rounding_walk
 from methods import get_method
+from saving import SavingTrainer, Stopping
 from trajectory import Trajectory
 from zo import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-OWED, EXTRA = "owed", "extra"  # in the Trainer's state: an evaluation to be made up for; steps saved out of turn
 BUSY = 512  # tokens of a batch that keep a CPU's matrix products busy: below, copies take 0.7–0.96 of the time
 TRAJECTORY = "trajectory.safetensors"
 
@@ -49,50 +46,21 @@ def copies(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "aut
     return max(1, min(points, scoring.TOKENS // tokens))
 
 
-class Stopping(TrainerCallback):
-    """Where a signal has come, ends the run with this step, saved; and makes up for the evaluation that one cut off."""
-
-    def __init__(self, trainer: "OurTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.stateful_callbacks.pop(OWED, None):
-            self.trainer.make_up()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.signals.received:
-            self.trainer.save_out_of_turn = not control.should_save
-            control.should_save = control.should_training_stop = True
-
-
-class OurTrainer(Trainer):
+class OurTrainer(SavingTrainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
-    Args (besides the Trainer's):
+    Args (besides SavingTrainer's):
         loss_fn(model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses, of n copies
             of the batch one behind the other, and a step may ask for several at once.
-        evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
         dev_loss_fn(model) -> the loss on dev rows, which `--xgblora_adaptive` goes by.
-        signals: requests to stop, see checkpoint.py.
-        settings: what makes this run another run than one with other values; kept in each checkpoint.
-
-    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. Without it a `PrefixTuning` of the
-    model is trained, or all parameters that require a gradient.
     """
 
-    def __init__(self, *args, loss_fn, evaluate_fn=None, dev_loss_fn=None, settings=None, signals=None, **kwargs):
-        self.loss_fn, self.evaluate_fn, self.dev_loss_fn = loss_fn, evaluate_fn, dev_loss_fn
-        self.signals, self.save_out_of_turn = signals or parallel.Signals(), False
-        self.unsaved: BaseException | None = None  # why the last state is not on the disk
-        self.settings = settings or {}
-        self.lora_module = None
+    def __init__(self, *args, loss_fn, dev_loss_fn=None, **kwargs):
+        self.loss_fn, self.dev_loss_fn = loss_fn, dev_loss_fn
         self.store: bottom.Store | None = None
-        self._staging = None
         if getattr(kwargs["model"], "is_quantized", False):  # the Trainer wants adapters there, and knows PEFT's only
             kwargs["model"]._hf_peft_config_loaded = True
         super().__init__(*args, **kwargs)
-        # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
-        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
         self.zeroth_order = self.args.trainer == "zo"
         self.takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
@@ -104,11 +72,6 @@ class OurTrainer(Trainer):
         if parallel.size() > 1:
             self.add_callback(parallel.Watch(self.settings, self.args.rank_check_steps))
         self.exchange = shares.Exchange(self.args.zo_parallel == "queries", self.signals)
-
-    @property
-    def adapter(self):
-        """What is trained beside a frozen model, a `LoRA` or a `PrefixTuning`; None trains parameters of the model."""
-        return self.lora_module or scoring.trained_prefix(self.model)
 
     # ---- the step ----
 
@@ -339,110 +302,3 @@ class OurTrainer(Trainer):
             saved = torch.load(Path(found) / "optimizer.pt", weights_only=True)
             self.zo.trajectory = Trajectory(**saved["trajectory"])
         return True
-
-    # ---- evaluation ----
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        with self.signals.interruptible():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_fn(self.model).items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """An evaluation that a signal cuts off is left, and owed: the step is saved, a rerun evaluates it first."""
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except checkpoint.Interrupted:
-            self.save_out_of_turn |= not self.control.should_save
-            self.state.stateful_callbacks[OWED] = True
-            self._save_checkpoint(model, trial)
-            raise
-
-    def make_up(self) -> None:
-        """The evaluation that was cut off at this step, as the loop does it."""
-        metrics = self._evaluate(None, None)
-        self._determine_best_metric(metrics=metrics, trial=None)
-        self._name_best()
-
-    # ---- checkpoints ----
-
-    def _save(self, output_dir=None, state_dict=None):
-        """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
-        output_dir = Path(output_dir or self.args.output_dir)
-        if self.adapter:
-            self.adapter.save_pretrained(output_dir)
-        else:
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-
-    def _get_output_dir(self, trial):
-        return str(self._staging or self.args.output_dir)
-
-    def _save_checkpoint(self, model, trial):
-        """Rank 0 writes, where all have the same weights; the others take over how it went."""
-        if parallel.size() > 1:
-            weights = parallel.fingerprint(parallel.everything(self.model, self.optimizer))
-            parallel.refuse_divergence(weights, f"weights at step {self.state.global_step}")
-        if self.save_out_of_turn:
-            self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
-
-        def write():
-            self._write_checkpoint(model, trial)
-            return self.state.best_model_checkpoint, self.unsaved and str(self.unsaved)
-
-        self.state.best_model_checkpoint, self.unsaved = parallel.first(write)
-
-    def _write_checkpoint(self, model, trial):
-        """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""
-        output_dir = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self._staging = output_dir / checkpoint.PARTIAL
-        shutil.rmtree(self._staging, ignore_errors=True)
-        best = self.state.best_model_checkpoint
-        try:
-            super()._save_checkpoint(model, trial)
-            self._name_best(name)
-            written = self._staging / name
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            (written / checkpoint.SETTINGS).write_text(json.dumps(self.settings, indent=1))
-            checkpoint.publish(written, output_dir / name)
-        except Exception as error:
-            if not checkpoint.is_full(error):
-                raise
-            self.state.best_model_checkpoint = best
-            if not self.unsaved:
-                logger.warning(
-                    "%s could not be saved (%s); training goes on, and the next save tries again", name, error
-                )
-            self.unsaved = error
-        else:
-            self.unsaved = None
-            checkpoint.rotate(output_dir, self.limit, keep=self.state.best_model_checkpoint)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-
-    def refuse_unsaved(self) -> None:
-        """Raise checkpoint.Unsaved where the last state could not be written."""
-        if self.unsaved:
-            raise checkpoint.Unsaved(f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}")
-
-    def _name_best(self, name: str | None = None) -> None:
-        """Point to the best step's checkpoint, where there is one (`name` is being written); one that a signal caused
-        does not count, since an undisturbed run has none."""
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        counts = self.state.best_global_step not in self.state.stateful_callbacks.get(EXTRA, ())
-        if counts and (best.name == name or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.adapter:
-            self.adapter.load(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        logger.info("loading the best checkpoint, %s", self.state.best_model_checkpoint)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
