@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import some_examples, tiny_model, tiny_tokenizer
+from conftest import ALL_FAMILIES, some_examples, tiny_model, tiny_tokenizer
 from test_generation import some_prompts
 from test_run import go  # noqa: F401
 from transformers import DynamicCache
@@ -232,3 +232,14 @@ def test_a_replay_gives_the_same_bits(go):  # noqa: F811
     before = Path("out", prefix.adapters.WEIGHTS).read_bytes()
     go(f"{RUN.replace('dir out', 'dir rebuilt')} --trainer zo --replay out/trajectory.safetensors", result=False)
     assert Path("rebuilt", prefix.adapters.WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ALL_FAMILIES)
+def test_every_family_sees_the_prefix_as_it_is(kind):
+    bare = tiny_model(kind)
+    plain = not scoring.takes_packed(bare)
+    model, made = with_prefix(kind)
+    examples = some_examples(5)
+    expected = plain_scores(model, examples, made.states(torch.float32))
+    assert not close(scoring.score(bare, examples, plain=plain), expected, 1e-2)
+    assert close(scoring.score(model, examples, plain=plain), expected)
