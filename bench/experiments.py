@@ -239,8 +239,8 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
     return f"{fmean(differences):+.1f} ± {half:.1f}"
 
 
-NUMBERS = ("accuracy", "auc", "best_threshold", "loss", "forward_passes", "seconds", "peak_memory_mb")
-HEAD = "group", "arm", "seeds", "accuracy", "− base", "AUC", "best threshold", "loss", "passes × rows", "seconds", "MB"
+NUMBERS = ("accuracy", "auc", "best_threshold", "loss", "forward_passes", "peak_memory_mb")
+HEAD = "group", "arm", "seeds", "accuracy", "− base", "AUC", "best threshold", "loss", "passes × rows", "CPU s", "MB"
 
 
 def finished(arms: list[Arm], task: str) -> list[tuple[Arm, dict[int, dict]]]:
@@ -268,20 +268,44 @@ def table(arms: list[Arm]) -> None:
             cells = [arm.group, arm.name, str(len(runs)), f"{100 * mean['accuracy']:.1f}"]
             cells += [paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""]
             cells += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
-            cells += [f"{mean['forward_passes']:.0f} × {arm.batch}", f"{mean['seconds']:.0f}"]
+            cpu = [run["cpu_seconds"] for run in runs.values() if "cpu_seconds" in run]  # others are busy here too
+            cells += [f"{mean['forward_passes']:.0f} × {arm.batch}", f"{fmean(cpu):.0f}" if cpu else ""]
             print(f"| {' | '.join([*cells, format(mean['peak_memory_mb'], '.0f')])} |")
+
+
+def plot_costs(arms: list[Arm], path: Path) -> None:
+    """Accuracy of the methods against what they cost, a row of panels a task."""
+    from matplotlib import pyplot
+
+    chosen = [arm for arm in arms if arm.group in ("base", "methods", "full")]
+    panels = {task: rows for task in dict.fromkeys(a.task for a in chosen) if (rows := finished(chosen, task))}
+    costs = {"cpu_seconds": "processor seconds", "peak_memory_mb": "peak MB"}
+    figure, axes = pyplot.subplots(len(panels), 2, figsize=(13, 4.5 * len(panels)), layout="constrained", squeeze=False)
+    for row, (task, rows) in zip(axes, panels.items(), strict=True):
+        for axis, (cost, label) in zip(row, costs.items(), strict=True):
+            for i, (arm, runs) in enumerate(rows):
+                if spent := [run[cost] for run in runs.values() if cost in run]:
+                    marker = "os^D"[i // 10]
+                    axis.plot(fmean(spent), fmean(percent(runs).values()), marker, color=f"C{i % 10}", label=arm.name)
+            axis.set(title=title(task), xlabel=label, ylabel="accuracy in %")
+            axis.grid(alpha=0.3)
+        row[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def plot(arms: list[Arm], path: Path) -> None:
     """Accuracy of every arm with its runs as dots, one panel a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = {task: rows for task in dict.fromkeys(a.task for a in arms) if (rows := finished(arms, task))}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), 9), layout="constrained", squeeze=False)
-    for axis, (task, rows) in zip(axes[0], panels.items(), strict=True):
+    if not panels:
+        return
+    ratios = [len(rows) for rows in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.33 * sum(ratios)), layout="constrained", squeeze=False,
+        gridspec_kw={"height_ratios": ratios},
+    )  # fmt: skip
+    for axis, (task, rows) in zip(axes[:, 0], panels.items(), strict=True):
         for i, (_, runs) in enumerate(rows):
             values = list(percent(runs).values())
             axis.plot(values, [i] * len(values), "o", color="C0", alpha=0.5)
@@ -307,7 +331,13 @@ def main() -> None:
     if args.what == "table":
         return table(arms)
     if args.what == "plot":
-        return plot(arms, OUT / "arms.png")
+        import matplotlib
+
+        matplotlib.use("Agg")
+        dev = [arm for arm in arms if arm.task == "dev"]
+        plot(dev, OUT / "arms.png")
+        plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
+        return plot_costs(dev, OUT / "costs.png")
     jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
     jobs = [(arm, seed) for arm, seed in jobs if not args.seeds or seed in args.seeds]
     if args.what == "list":
