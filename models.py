@@ -81,6 +81,8 @@ def read_model(
         lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
         raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
     if placement.is_placed(model):
+        if len(model.hf_device_map) == 1:  # accelerate would move a model whose map has one entry, and fail
+            model.hf_device_map = {name: model.hf_device_map[""] for name, _ in model.named_children()}
         logger.info("--device_map %s: parts of the model: %s", device_map, placement.described(model))
     return (model if bits or placement.is_placed(model) else model.to(device)).eval()
 

@@ -41,6 +41,7 @@ def is_placed(model: nn.Module) -> bool:
 
 
 def described(model: nn.Module) -> str:
+    """How many parts of the model are where."""
     return ", ".join(f"{n} on {device}" for device, n in Counter(map(str, model.hf_device_map.values())).items())
 
 
@@ -60,13 +61,12 @@ def input_device(model: nn.Module) -> torch.device:
 def check(args, model: nn.Module) -> None:
     """Raise UsageError where this run would have to write to offloaded weights, or to hold all of them."""
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
-    trained = [name for name, p in model.named_parameters() if p.is_meta and p.requires_grad]
     if not offloaded:
         return
     where = f"--device_map {args.device_map} offloads {len(offloaded)} weights ({offloaded[0]}, …)"
     if args.trainer == "regular":
         raise UsageError(f"{where}, and back-propagation would keep them all: --trainer zo")
-    if args.trainer == "zo" and trained and not (args.lora or args.xgblora or args.prefix_tuning):
-        raise UsageError(f"{where}, which can't be trained: --lora, --xgblora --xgblora_ensemble or --prefix_tuning")
+    if args.trainer == "zo" and not (args.lora or args.xgblora or args.prefix_tuning):
+        raise UsageError(f"{where}, which a full fine-tune can't write to: --lora, --xgblora or --prefix_tuning train")
     if args.save_merged:
         raise UsageError(f"{where}, which --save_merged would have to hold: leave --device_map out for it")

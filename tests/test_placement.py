@@ -1,16 +1,19 @@
 """A model that is spread over devices, host and disk gives what it gives on one device.
 
-`cpu:0` stands for a GPU: to accelerate it is another place than `cpu`, whose layers are offloaded beside it.
+Without a GPU the host computes and only the disk is another place; `cpu_offload` makes weights that lie on the host be
+brought at each call, as beside a GPU.
 """
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import some_examples, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 from test_refusals import refused  # noqa: F401 - a fixture
 from test_run import BOOST, ZO, adapter_bytes, go  # noqa: F401 - a fixture
 
@@ -18,13 +21,12 @@ import placement
 import scoring
 from generation import generate
 from lora import LoRA
+from prefix import PrefixTuning
 from utils import UsageError
 from zo import ZerothOrder
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 PLACES = {  # of these parts
-    "host beside a GPU": ["cpu:0", "cpu", "cpu", "cpu:0", "cpu:0", "cpu:0"],
-    "GPU, host and disk": ["cpu:0", "cpu", "disk", "cpu:0", "cpu:0", "cpu:0"],
     "host and disk": ["disk", "cpu", "disk", "cpu", "cpu", "cpu"],
     "disk": ["disk"] * 6,
 }
@@ -113,6 +115,33 @@ def test_every_family_scores_generates_and_steps_offloaded(family):
     assert found[0] == found[1]
 
 
+def test_a_prefix_generates_offloaded():
+    prompts, found = [x.encodings[0] for x in some_examples(beginning=20)], []
+    for model in (tiny_model("llama"), offloaded("llama")):
+        PrefixTuning(model, 3)
+        ways = ({}, {"num_beams": 2}, {"cached": False})
+        found.append([generate(model, tiny_tokenizer(), prompts, max_new_tokens=4, **how) for how in ways])
+    assert found[0] == found[1]
+
+
+def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, on_disk, model_dir, tmp_path):  # noqa: F811
+    old = shutil.copytree(model_dir, tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    there = f"--model_name {old} {on_disk}"
+    refused(there, "offload_folder")
+    assert torch.equal(scores(go, f"{there} --offload_folder {tmp_path / 'put'}"), scores(go, ""))
+    assert list((tmp_path / "put").glob("*.safetensors"))
+
+
+def test_a_map_of_one_place(go, tmp_path):  # noqa: F811
+    scored = [scores(go, "--trainer zo --lora --max_steps 2 --zo_check --overwrite")]
+    for place in ("cpu", "disk"):
+        (tmp_path / "one.json").write_text(json.dumps({"": place}))
+        scored.append(scores(go, f"--trainer zo --lora --max_steps 2 --overwrite --device_map {tmp_path / 'one.json'}"))
+    assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
+
+
 def test_offloaded_weights_take_no_merge(family):
     with pytest.raises(UsageError, match="--xgblora_ensemble"):
         LoRA(offloaded(family), 1, 16, xgblora=True)
@@ -125,8 +154,9 @@ def test_where_ids_go():
 
 
 REFUSED = {
-    "--trainer zo": ("--device_map", "can't be trained", "--lora"),
-    "--trainer zo --head_tuning": ("--device_map", "can't be trained"),
+    "--trainer zo": ("--device_map", "full fine-tune", "--lora"),
+    "--trainer zo --head_tuning": ("--device_map", "full fine-tune"),
+    "--trainer regular": ("--device_map", "back-propagation"),
     "--trainer regular --lora": ("--device_map", "back-propagation", "--trainer zo"),
     "--trainer zo --xgblora --xgblora_steps_per_iteration 2": ("offloaded", "--xgblora_ensemble"),
     "--trainer zo --lora --save_merged": ("--device_map", "--save_merged"),
