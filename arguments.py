@@ -249,11 +249,6 @@ class OurArguments(TrainingArguments):
         return self.per_device_train_batch_size * self.shares
 
     @property
-    def place_model_on_device(self) -> bool:
-        """Whether the Trainer moves the model."""
-        return not self.device_map
-
-    @property
     def process_index(self) -> int:
         return parallel.rank()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import attach_execution_device_hook
 from conftest import some_examples, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from test_refusals import refused  # noqa: F401 - a fixture
@@ -71,8 +72,9 @@ def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):  # 
     spread, one = (f"{BOOST} --xgblora_ensemble".replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
     there = scores(go, f"{spread} {on_disk}")
     assert torch.equal(there, scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
-    go(f"{spread} {on_disk} --lr_scheduler_type constant --max_steps 9")  # from step 6, the place is no part of the run
-    go(f"{one} --lr_scheduler_type constant --max_steps 9")
+    for last, place in ((8, on_disk), (9, "")):  # goes on there, and at another place: it is no part of the run
+        go(f"{spread} {place} --max_steps {last}")
+    go(f"{one} --max_steps 9")
     assert adapter_bytes("a") == adapter_bytes("b")
     assert torch.equal(
         scores(go, f"--adapter a --xgblora_ensemble {on_disk}"), scores(go, "--adapter b --xgblora_ensemble")
@@ -140,6 +142,21 @@ def test_a_map_of_one_place(go, tmp_path):  # noqa: F811
         (tmp_path / "one.json").write_text(json.dumps({"": place}))
         scored.append(scores(go, f"--trainer zo --lora --max_steps 2 --overwrite --device_map {tmp_path / 'one.json'}"))
     assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
+
+
+def test_hooks_around_weights_that_are_there_change_nothing(family):
+    found = []
+    for model in (tiny_model(family), tiny_model(family)):
+        if found:
+            attach_execution_device_hook(model, torch.device("cpu"))
+        lora = LoRA(model, 1, 16, xgblora=True)
+        lora.lora_modules[0].lora_B.data.fill_(0.1)
+        lora.merge_and_reinit()
+        lora.lora_modules[0].lora_B.data.fill_(0.1)
+        plain = not scoring.takes_packed(model)
+        found.append((lora.plain_state_dict(), scoring.score(model, some_examples(), plain=plain)))
+    assert found[0][1] == found[1][1] and found[0][0].keys() == found[1][0].keys()
+    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
 
 
 def test_offloaded_weights_take_no_merge(family):
