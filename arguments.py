@@ -66,6 +66,13 @@ class OurArguments(TrainingArguments):
     load_bfloat16: bool = flag(False, "model", "load the weights in bfloat16; fast where the CPU or GPU has it")
     load_int8: bool = flag(False, "model", "quantise the Linear layers to 8 bits (bitsandbytes); train adapters only")
     load_int4: bool = flag(False, "model", "quantise them to 4 bits (NF4); train adapters only")
+    device_map: str | None = flag(
+        None, "model", "a model larger than a device: auto spreads its layers over GPUs, host and disk; or FILE.json: "
+        "{module: GPU number, cpu or disk}",
+    )  # fmt: skip
+    offload_folder: str | None = flag(
+        None, "model", "with --device_map: where layers go that can't be read from the model's own files"
+    )
     trust_remote_code: bool = flag(
         False, "model", "run the code that comes with a model; without it such a model is refused"
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import scoring
+from placement import input_device
 from utils import UsageError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Store:
             )
         logger.info("%s on the host", what)
         self.states = torch.empty(size, width, dtype=model.dtype)
-        device = next(model.parameters()).device
+        device = input_device(model)
         for group in packs(trees):
             members = [self.examples[own[i]] for i in group]
             forest = scoring.trees(members, plain=True) if plain else [

@@ -59,9 +59,10 @@ GRIDS = {
 def settings_block(args) -> dict[str, str]:
     """{name: value} of the settings that matter, as they took effect."""
     bits = f", {args.bits}-bit layers" if args.bits else ""
+    placed = f", placed by {args.device_map}" if args.device_map else ""
     rows = {
         "task": args.task_name,
-        "model": f"{args.model_name} in {str(args.dtype).removeprefix('torch.')}{bits}",
+        "model": f"{args.model_name} in {str(args.dtype).removeprefix('torch.')}{bits}{placed}",
         "mode": f"{args.mode}, trainer {args.trainer}, seed {args.seed}",
     }
     if args.trainer != "none":
@@ -121,7 +122,7 @@ def warnings(args) -> list[str]:
 INCIDENTAL = {
     "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
     "save_merged", "zo_check", "replay", "replay_steps", "staged", "export_rank",
-    "save_on_interrupt", "recipe",
+    "save_on_interrupt", "recipe", "device_map", "offload_folder",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
     "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",

@@ -21,6 +21,7 @@ import memory
 import metrics
 import models
 import parallel
+import placement
 import prefix
 import probe
 import rules
@@ -74,13 +75,17 @@ class Framework:
         """The model in eval mode on its device, adapters injected."""
         args = self.args
         self.estimate = self.foresee()
-        model = models.read_model(args.model_name, args.dtype, args.trust_remote_code, args.device, args.bits)
+        model = models.read_model(
+            args.model_name, args.dtype, args.trust_remote_code, args.device, args.bits, args.device_map,
+            args.offload_folder,
+        )  # fmt: skip
         if args.bits == 4 and args.trainer == "regular":
             models.differentiable(model)
         if args.untie_emb:
             models.untie(model)
         if args.head_tuning:
             models.only_head(model)
+        placement.check(args, model)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
         self.plain = not scoring.takes_packed(model, self.max_length)

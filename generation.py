@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from placement import input_device
 from scoring import SHARED, TOKENS, beginning, common, parts, trained_prefix
 
 CACHE = 192 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
@@ -35,7 +36,7 @@ class BufferLayer(DynamicLayer):
         if self.shared is None:
             return tuple(own)
         return tuple(
-            torch.cat([kept.expand(rows, -1, -1, -1), part], dim=-2)
+            torch.cat([kept.to(part.device).expand(rows, -1, -1, -1), part], dim=-2)
             for kept, part in zip(self.shared, own, strict=True)
         )
 
@@ -78,7 +79,7 @@ def generate(
             some = [prompts[i] for i in part]
             found |= zip(part, generate(model, tokenizer, some, seed=seed, progress=progress, **same), strict=True)
         return [found[i] for i in range(len(prompts))]
-    device = next(model.parameters()).device
+    device = input_device(model)
     beams, prefix = sampling.get("num_beams", 1), trained_prefix(model)
     own_cache, shared, tokens = cached and beams == 1, 0, TOKENS // beams
     if own_cache:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapters
 from adapters import Booster, Round, Saved, layer_number
+from placement import execution_device
 from streaming import NoCopies
 from utils import UsageError
 
@@ -53,12 +54,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.weight, self.bias = base.weight, base.bias
-        self.base = None if self.weight.is_floating_point() else base  # quantised weights know how to multiply
-        if self.base is None:
+        plain = self.weight.is_floating_point() and not hasattr(base, "_hf_hook")
+        self.base = None if plain else base  # quantised weights know how to multiply, and hooks bring offloaded ones
+        if self.weight.is_floating_point():
             self.out_features, self.in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
         else:
             self.out_features, self.in_features = base.out_features, base.in_features
-        empty = torch.zeros(0, device=self.weight.device)
+        empty = torch.zeros(0, device=execution_device(base))
         self.lora_A, self.lora_B = nn.Parameter(empty.clone()), nn.Parameter(empty.clone())
         self.resize(r, alpha)
         self.chain: tuple[Tensor, Tensor] | None = None
@@ -77,7 +79,7 @@ class LoRALinear(nn.Module):
             y = nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
         if not self.r and self.chain is None:
             return y
-        x, dtype = x.to(torch.float32), y.dtype
+        x, dtype = x.to(y.device, torch.float32), y.dtype
         if self.chain is not None:
             y = y + nn.functional.linear(nn.functional.linear(x, self.chain[0]), self.chain[1])
         A, B = self.lora_A, self.lora_B
@@ -154,10 +156,10 @@ class LoRA:
         self.round = 0
         self.base: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
-        if xgblora and not ensemble and any(m.base is not None for m in self.lora_modules):
-            raise UsageError("boosters can't be merged into 8-bit or 4-bit weights: --xgblora_ensemble keeps them")
         if xgblora and not ensemble:  # W₀ and the fp32 sum of the chain, both on the host
             for name, module in self.modules.items():
+                if module.weight.is_meta or not module.weight.is_floating_point():
+                    raise UsageError("quantised or offloaded weights take no boosters: --xgblora_ensemble keeps them")
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
                 self.sum[name] = torch.zeros(module.weight.shape, dtype=torch.float32)
             size = sum(w.nbytes for tensors in (self.base, self.sum) for w in tensors.values())
@@ -334,7 +336,8 @@ class LoRA:
 
     def plain_state_dict(self) -> dict[str, Tensor]:
         """The model's state dict without adapters, the chain and the live booster in the weights (rounded once)."""
-        state = {k: v for k, v in self.model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
+        ours = [f"{name}.{part}" for name in self.modules for part in ("lora_", "base.")]
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith(tuple(ours))}
         with torch.no_grad():
             for name, m in self.modules.items():
                 delta = m.oriented((m.lora_B * m.scaling) @ m.lora_A)
@@ -350,7 +353,8 @@ class LoRA:
                 module.weight.copy_(self.base[name])
             put(self.model, name, self.replaced[name])
         for name, p in self.model.named_parameters():
-            p.requires_grad_(self.trained_before[name])
+            if not p.is_meta:  # offloaded ones are made anew at each call, and may not take it
+                p.requires_grad_(self.trained_before[name])
 
     # ---- files ----
 

@@ -59,7 +59,7 @@ class Estimate:
 
     def warning(self, args) -> str | None:
         """What to lower, where more is needed than there is."""
-        if self.needed <= self.free:
+        if self.needed <= self.free or args.device_map:  # which spreads the model over what there is
             return None
         part = max(FLAGS, key=lambda name: getattr(self, name))
         flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args, args.trainer == "regular"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+import placement
 import starter
 from utils import UsageError, load_tokenizer
 
@@ -62,19 +63,28 @@ def read_tokenizer(name: str, config, trust: bool = False):
     return reading(name, lambda: load_tokenizer(name, config.model_type if config else None, trust))
 
 
-def read_model(name: str, dtype: torch.dtype, trust: bool = False, device="cpu", bits: int | None = None):
-    """The model in that dtype, in eval mode on its device; `bits`: 8 or 4 for weights that bitsandbytes quantises.
-    Raises UsageError where weights are missing."""
+def read_model(
+    name: str, dtype: torch.dtype, trust: bool = False, device="cpu", bits: int | None = None,
+    device_map: str | None = None, offload_folder: str | None = None,
+):  # fmt: skip
+    """The model in that dtype, in eval mode on its device, or spread by `device_map` (placement.py); `bits`: 8 or 4 for
+    weights that bitsandbytes quantises. Raises UsageError where weights are missing."""
     if name.endswith(".gguf"):
         return reading(name, lambda: starter.load_gguf(name, dtype))[0].to(device).eval()
     options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": trust}
     if bits:
         options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}
+    if device_map:
+        options |= {"device_map": placement.read_map(device_map), "offload_folder": offload_folder}
     model, info = reading(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
         raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
-    return (model if bits else model.to(device)).eval()
+    if placement.is_placed(model):
+        if len(model.hf_device_map) == 1:  # accelerate would move a model whose map has one entry, and fail
+            model.hf_device_map = {name: model.hf_device_map[""] for name, _ in model.named_children()}
+        logger.info("--device_map %s: parts of the model: %s", device_map, placement.described(model))
+    return (model if bits or placement.is_placed(model) else model.to(device)).eval()
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:

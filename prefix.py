@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 import adapters
+from placement import input_device
 from utils import UsageError
 
 KIND = "PREFIX_TUNING"  # PEFT's name for it
@@ -58,9 +59,9 @@ class PrefixTuning(nn.Module):
     def __init__(self, model, length: int, reparam: bool = False, init_by_real_act: bool = True, seed: int = 0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+        vocabulary, device = model.config.get_text_config().vocab_size, input_device(model)
         tokens = torch.randint(vocabulary, (1, length), generator=generator)
-        real = real_states(model, tokens.to(device))
+        real, self.places = real_states(model, tokens.to(device))
         self.length, self.reparam, self.shape = length, reparam, (real.shape[0], 2, real.shape[2], real.shape[4])
         self.name = model.config.name_or_path
         size = math.prod(self.shape)
@@ -106,7 +107,8 @@ class PrefixTuning(nn.Module):
         """The library's own cache, begun with the prefix in each of so many rows."""
         cache = DynamicCache(config=model.config)
         for i, (keys, values) in enumerate(self.states(model.dtype)):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
+            keys, values = (part.to(self.places[i]).expand(rows, -1, -1, -1) for part in (keys, values))
+            cache.update(keys, values, i)
         return cache
 
     # ---- files ----
@@ -148,14 +150,15 @@ class PrefixTuning(nn.Module):
 
 
 @torch.inference_mode()
-def real_states(model, tokens: Tensor) -> Tensor:
-    """[layers, 2, heads, tokens, D] fp32 on the CPU: keys and values of these tokens [1, tokens]."""
+def real_states(model, tokens: Tensor) -> tuple[Tensor, list[torch.device]]:
+    """[layers, 2, heads, tokens, D] fp32 on the CPU: keys and values of these tokens [1, tokens]; and each layer's
+    device."""
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    states = [torch.cat([layer.keys, layer.values]) for layer in cache.layers]
+    states = [torch.cat([layer.keys, layer.values]).float().cpu() for layer in cache.layers]
     if len({s.shape for s in states}) > 1 or not states:
         raise UsageError("--prefix_tuning: this model's layers have keys and values of unequal shapes")
-    return torch.stack(states).float().cpu()
+    return torch.stack(states), [layer.keys.device for layer in cache.layers]
 
 
 def saved_length(directory) -> int:

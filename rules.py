@@ -5,6 +5,7 @@ import os
 
 from transformers import TrainingArguments
 
+import placement
 from lora import layer_choice
 from methods import get_method
 from tasks import GENERATION, OPTIONS, TEXT, Own
@@ -22,6 +23,9 @@ def check(args) -> None:
         ("--load_float16", "--load_bfloat16"): args.load_float16 and args.load_bfloat16,
         ("--load_int8", "--load_int4"): args.load_int8 and args.load_int4,
         (f"--load_int{args.bits}", "--model_name of a .gguf file"): args.bits and args.model_name.endswith(".gguf"),
+        ("--device_map", f"--load_int{args.bits}"): args.device_map and args.bits,
+        ("--device_map", "--model_name of a .gguf file"): args.device_map and args.model_name.endswith(".gguf"),
+        ("--device_map", "--untie_emb"): args.device_map and args.untie_emb,
         ("--head_tuning", "adapters (--lora, --xgblora, --prefix_tuning)"): args.head_tuning and adapters,
         ("--linear_probing", "another way of tuning"): args.linear_probing and (adapters or args.head_tuning or zo),
         ("--linear_probing", "--sfc and --icl_sfc"): args.linear_probing and (args.sfc or args.icl_sfc),
@@ -107,6 +111,8 @@ def check(args) -> None:
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
         and args.zo_queries < ranks,
         "--fsdp under torchrun is not available yet: each rank holds the whole model": args.fsdp and ranks > 1,
+        "--device_map runs in one process: under torchrun each rank has one device": args.device_map and ranks > 1,
+        "--offload_folder needs --device_map": args.offload_folder and not args.device_map,
         "--zo_parallel queries needs --trainer zo": args.zo_parallel == "queries" and not zo,
         "--replay runs in one process: start it without torchrun": args.replay and ranks > 1,
         "--resume_from_checkpoint is not needed: the same command goes on by itself": args.resume_from_checkpoint,
@@ -120,6 +126,8 @@ def check(args) -> None:
     for message, broken in needs.items():
         if broken:
             raise UsageError(message)
+    if args.device_map:
+        placement.read_map(args.device_map)
     if zo and get_method(args.zo_method).full_only and adapters:
         raise UsageError(f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
     if zo and get_method(args.zo_method).adapters_only and (not lora or args.lora_freeze_a):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from placement import input_device
 from prefix import KeptLayer
 
 ATTENTION = 1000  # a row of this many tokens spends as long in attention as in matrix products (measured, 135M, CPU)
@@ -221,7 +222,7 @@ def beginning(model: nn.Module, ids: list[int]) -> Cache:
     prefix = trained_prefix(model)
     if not ids:
         return prefix.cache(model.dtype)
-    device = next(model.parameters()).device
+    device = input_device(model)
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
     try:
@@ -250,7 +251,8 @@ def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | No
         inputs = {"attention_mask": mask.repeat(copies, 1)}
 
     def read(head, args):  # hidden states [copies · R, N, D] -> [copies, M, D]: the logits stay in the model's hands
-        return (args[0].unflatten(0, (copies, -1))[:, batch["read_row"], columns], *args[1:])
+        rows, at = (index.to(args[0].device) for index in (batch["read_row"], columns))
+        return (args[0].unflatten(0, (copies, -1))[:, rows, at], *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(read)
     try:
@@ -275,7 +277,7 @@ def option_states(model: nn.Module, batch: dict[str, Tensor], cache: Cache | Non
         option_sums(model, batch, cache)
     finally:
         hook.remove()
-    states = found[0][batch["read_row"], batch["read_column"]][batch["token_read"]].float()
+    states = found[0].to(batch["read_row"].device)[batch["read_row"], batch["read_column"]][batch["token_read"]].float()
     return torch.zeros_like(states).index_copy(0, batch["token_option"], states)[None]
 
 
@@ -345,7 +347,7 @@ def score(
         for part in split:
             found |= zip(part, score(model, [examples[i] for i in part], budget, plain, progress, read), strict=True)
         return [found[i] for i in range(len(examples))]
-    device = next(model.parameters()).device
+    device = input_device(model)
     start = 0 if plain else shared_beginning(examples)
     cache = beginning(model, examples[0].encodings[0][:start]) if start else None
     sums: dict[tuple[int, int], float] = {}

@@ -1,0 +1,205 @@
+"""A model that is spread over devices, host and disk gives what it gives on one device.
+
+Without a GPU the host computes and only the disk is another place; `cpu_offload` makes weights that lie on the host be
+brought at each call, as beside a GPU.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_execution_device_hook
+from conftest import some_examples, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from test_refusals import refused  # noqa: F401 - a fixture
+from test_run import BOOST, ZO, adapter_bytes, go  # noqa: F401 - a fixture
+
+import placement
+import scoring
+from generation import generate
+from lora import LoRA
+from prefix import PrefixTuning
+from utils import UsageError
+from zo import ZerothOrder
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+PLACES = {  # of these parts
+    "host and disk": ["disk", "cpu", "disk", "cpu", "cpu", "cpu"],
+    "disk": ["disk"] * 6,
+}
+
+
+@pytest.fixture(params=PLACES)
+def placed(request, tmp_path):
+    return device_map(tmp_path, PLACES[request.param])
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    return device_map(tmp_path, PLACES["disk"])
+
+
+def device_map(folder, places):
+    path = folder / "map.json"
+    path.write_text(json.dumps(dict(zip(PARTS, places, strict=True))))
+    return f"--device_map {path}"
+
+
+def scores(go, flags):  # noqa: F811
+    go(f"{flags} --predictions said.jsonl")
+    return torch.tensor([json.loads(line)["scores"] for line in Path("said.jsonl").read_text().splitlines()])
+
+
+@pytest.mark.parametrize("shots", ["--num_train 0", "--num_train 8 --train_set_seed 1"])
+def test_scores_do_not_depend_on_the_place_of_the_layers(go, placed, shots):  # noqa: F811
+    assert torch.equal(scores(go, f"{shots} {placed}"), scores(go, shots))
+
+
+@pytest.mark.parametrize("mode", ["--lora", "--lora --xgblora_layers top:1 --zo_cache_activations --zo_batched on"])
+def test_a_run_with_adapters_is_the_same_run(go, placed, mode):  # noqa: F811
+    def trained(flags, out):
+        go(f"{ZO} {mode} {flags}".replace("--output_dir out", f"--output_dir {out}"))
+        return (Path(out) / "adapter_model.safetensors").read_bytes()
+
+    assert trained(placed, "spread") == trained("", "one")
+
+
+def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):  # noqa: F811
+    spread, one = (f"{BOOST} --xgblora_ensemble".replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
+    there = scores(go, f"{spread} {on_disk}")
+    assert torch.equal(there, scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
+    for last, place in ((8, on_disk), (9, "")):  # goes on there, and at another place: it is no part of the run
+        go(f"{spread} {place} --max_steps {last}")
+    go(f"{one} --max_steps 9")
+    assert adapter_bytes("a") == adapter_bytes("b")
+    assert torch.equal(
+        scores(go, f"--adapter a --xgblora_ensemble {on_disk}"), scores(go, "--adapter b --xgblora_ensemble")
+    )
+
+
+def test_a_prefix_is_the_same_run(go, on_disk):  # noqa: F811
+    def trained(flags, out):
+        go(f"{ZO} --prefix_tuning {flags}".replace("--output_dir out", f"--output_dir {out}"))
+        return (Path(out) / "adapter_model.safetensors").read_bytes()
+
+    assert trained(on_disk, "spread") == trained("", "one")
+    assert torch.equal(scores(go, f"--adapter spread {on_disk}"), scores(go, "--adapter one"))
+
+
+def test_layers_that_keep_their_weights_are_merged(go, tmp_path):  # noqa: F811
+    there = device_map(tmp_path, ["disk", "cpu", "cpu", "cpu", "cpu", "disk"])  # no target layer is offloaded
+    spread, one = (BOOST.replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
+    assert torch.equal(scores(go, f"{spread} {there}"), scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
+
+
+def offloaded(family):
+    return cpu_offload(tiny_model(family), execution_device=torch.device("cpu"))
+
+
+def test_every_family_scores_generates_and_steps_offloaded(family):
+    examples, tokenizer = some_examples(beginning=20), tiny_tokenizer()
+    prompts, found = [x.encodings[0] for x in examples], []
+    for model in (tiny_model(family), offloaded(family)):
+        plain = not scoring.takes_packed(model)
+        names = [name for name, _ in model.named_parameters()]
+        lora = LoRA(model, 2, 4)
+        answers = generate(model, tokenizer, prompts, max_new_tokens=4)
+        batch = scoring.pack(examples, plain)
+        zo = ZerothOrder(lora.parameters(), lr=1e-2, eps=1e-2, master=True)
+        losses = [zo.step(lambda model=model, batch=batch: scoring.loss(model, batch, True)) for _ in range(3)]
+        found.append((plain, answers, losses, scoring.score(model, examples, plain=plain)))
+        lora.remove()
+        assert [name for name, _ in model.named_parameters()] == names
+    assert found[0] == found[1]
+
+
+def test_a_prefix_generates_offloaded():
+    prompts, found = [x.encodings[0] for x in some_examples(beginning=20)], []
+    for model in (tiny_model("llama"), offloaded("llama")):
+        PrefixTuning(model, 3)
+        ways = ({}, {"num_beams": 2}, {"cached": False})
+        found.append([generate(model, tiny_tokenizer(), prompts, max_new_tokens=4, **how) for how in ways])
+    assert found[0] == found[1]
+
+
+def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, on_disk, model_dir, tmp_path):  # noqa: F811
+    old = shutil.copytree(model_dir, tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    there = f"--model_name {old} {on_disk}"
+    refused(there, "offload_folder")
+    assert torch.equal(scores(go, f"{there} --offload_folder {tmp_path / 'put'}"), scores(go, ""))
+    assert list((tmp_path / "put").glob("*.safetensors"))
+
+
+def test_a_map_of_one_place(go, tmp_path):  # noqa: F811
+    scored = [scores(go, "--trainer zo --lora --max_steps 2 --zo_check --overwrite")]
+    for place in ("cpu", "disk"):
+        (tmp_path / "one.json").write_text(json.dumps({"": place}))
+        scored.append(scores(go, f"--trainer zo --lora --max_steps 2 --overwrite --device_map {tmp_path / 'one.json'}"))
+    assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
+
+
+def test_hooks_around_weights_that_are_there_change_nothing(family):
+    found = []
+    for model in (tiny_model(family), tiny_model(family)):
+        if found:
+            attach_execution_device_hook(model, torch.device("cpu"))
+        lora = LoRA(model, 1, 16, xgblora=True)
+        lora.lora_modules[0].lora_B.data.fill_(0.1)
+        lora.merge_and_reinit()
+        lora.lora_modules[0].lora_B.data.fill_(0.1)
+        plain = not scoring.takes_packed(model)
+        found.append((lora.plain_state_dict(), scoring.score(model, some_examples(), plain=plain)))
+    assert found[0][1] == found[1][1] and found[0][0].keys() == found[1][0].keys()
+    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
+
+
+def test_offloaded_weights_take_no_merge(family):
+    with pytest.raises(UsageError, match="--xgblora_ensemble"):
+        LoRA(offloaded(family), 1, 16, xgblora=True)
+
+
+def test_where_ids_go():
+    assert placement.input_device(tiny_model("opt")) == placement.input_device(offloaded("opt")) == torch.device("cpu")
+    model = cpu_offload(tiny_model("opt"), execution_device=torch.device("meta"))
+    assert placement.input_device(model) == torch.device("meta")
+
+
+REFUSED = {
+    "--trainer zo": ("--device_map", "full fine-tune", "--lora"),
+    "--trainer zo --head_tuning": ("--device_map", "full fine-tune"),
+    "--trainer regular": ("--device_map", "back-propagation"),
+    "--trainer regular --lora": ("--device_map", "back-propagation", "--trainer zo"),
+    "--trainer zo --xgblora --xgblora_steps_per_iteration 2": ("offloaded", "--xgblora_ensemble"),
+    "--trainer zo --lora --save_merged": ("--device_map", "--save_merged"),
+    "--trainer zo --lora --load_int8": ("--device_map", "--load_int8"),
+    "--trainer zo --head_tuning --untie_emb": ("--device_map", "--untie_emb"),
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_needs_weights_that_are_there_is_refused(refused, on_disk, flags):  # noqa: F811
+    refused(f"{flags} --max_steps 2 {on_disk}", *REFUSED[flags])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"": true}', '{"": -1}', '{"": null}'])
+def test_a_file_that_is_no_map_is_refused(refused, tmp_path, text):  # noqa: F811
+    (tmp_path / "bad.json").write_text(text)
+    refused(f"--device_map {tmp_path / 'bad.json'}", "--device_map", "bad.json")
+
+
+def test_other_refusals(refused, tmp_path, monkeypatch):  # noqa: F811
+    refused("--device_map nowhere.json", "--device_map nowhere.json", "auto")
+    refused("--offload_folder here", "--offload_folder", "--device_map")
+    refused(f"{device_map(tmp_path, ['cpu', 'cpu', 'cpu', 'cpu', 'cpu', 'nonsense'])}", "nonsense")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    refused("--device_map auto", "--device_map", "torchrun")
+
+
+def test_auto_leaves_a_model_whole_that_fits(go):  # noqa: F811
+    assert torch.equal(scores(go, "--num_train 0 --device_map auto"), scores(go, "--num_train 0"))
