@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same by back-propagation: MODE=ft|prefix|lora|xgblora TASK=SST2 bash finetune.sh [flags of run.py]
-# NUM_GPU=4 starts torchrun; a model that outgrows one GPU takes --fsdp full_shard.
+# NUM_GPU=4 starts torchrun: each GPU holds the whole model and takes its share of a batch.
 set -euo pipefail
 
 BS=${BS:-8}
