@@ -94,7 +94,7 @@ def growth(steps: int) -> None:
     for dtype in ("float32", "bfloat16"):
         sides = {(form, k): side(form, k, dtype) for form in ("merged", "ensemble") for k in (1, 10, 100)}
         made = sides["merged", 1][2]
-        examples = made.examples(made.task.sample_subset("train", 0, 16 * (steps + 1)))
+        examples = made.prompts.examples(made.task.sample_subset("train", 0, 16 * (steps + 1)))
         seconds = {key: [] for key in sides}
         for i in range(steps + 1):
             batch = scoring.pack(examples[16 * i : 16 * i + 16])

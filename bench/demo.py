@@ -48,7 +48,7 @@ def framework(flags: str, seed: int) -> run.Framework:
 def time_step(seed: int) -> float:
     """Seconds of a step of two whole forwards: the median of five, after one to warm up."""
     made = framework(METHODS["MeZO-XGBLoRA"], seed)
-    examples = made.examples(made.task.sample_subset("train", seed, 6 * BATCH))
+    examples = made.prompts.examples(made.task.sample_subset("train", seed, 6 * BATCH))
     engine, seconds = ZerothOrder(made.model, lr=0.0, eps=1e-2), []
     for i in range(6):
         batch, start = scoring.pack(examples[BATCH * i : BATCH * i + BATCH]), time.perf_counter()
@@ -89,7 +89,7 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     validation = made.task.sample_subset("validation", 0, sys.maxsize)
     golds = [s.correct_candidate for s in validation]
     scores = made.scores(made.rows(validation))
-    prior = scoring.score(made.model, made.examples(validation[:1], sfc=True))[0]
+    prior = scoring.score(made.model, made.prompts.examples(validation[:1], sfc=True))[0]
     margins = [b - a for a, b in scores]
     measured |= {
         "accuracy": accuracy([int(m > 0) for m in margins], golds),

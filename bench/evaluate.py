@@ -60,7 +60,7 @@ def plain_answer(model, tokenizer, prompt: list[int], stops: list[int], new: int
 
 def plain_predictions(framework, samples, demonstrations) -> list:
     """What `Framework.predict` finds, one candidate or one answer at a time: option sums, or answers."""
-    examples = framework.examples(samples, demonstrations, gold=False)
+    examples = framework.prompts.examples(samples, demonstrations, gold=False)
     if not framework.task.generation:
         return [plain_scores(framework.model, x) for x in examples]
     stops, new = framework.stops, framework.args.max_new_tokens
@@ -124,7 +124,7 @@ def training_forward(args, model, rounds: int) -> None:
     framework = framework_of(args, "SST2", args.dtype, model)
     seconds = {name: [] for name in ("padded", "ours", "bare")}
     for i in range(rounds):
-        examples = framework.examples(framework.task.sample_subset("train", i, 16))
+        examples = framework.prompts.examples(framework.task.sample_subset("train", i, 16))
         batch = scoring.pack(examples)
         mask = scoring.attention_mask(batch["end"], 0, model.dtype)
 

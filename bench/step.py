@@ -176,7 +176,7 @@ def main() -> None:
     for dtype in args.dtypes:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
-        examples = framework.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
+        examples = framework.prompts.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
         cached = sides.get("upper-B-cached")
         if cached:
             made = cached[0]

@@ -30,7 +30,7 @@ def plain_found(framework, samples, shots, found: list[dict]) -> tuple[list[dict
     if framework.task.generation:
         return [{**one, "prediction": answer} for one, answer in zip(found, predicted, strict=True)], 0.0, 0.0
     plain, worst, relative = [], 0.0, 0.0
-    for one, x, sums in zip(found, framework.examples(samples, shots), predicted, strict=True):
+    for one, x, sums in zip(found, framework.prompts.examples(samples, shots), predicted, strict=True):
         means = [s / n for s, n in zip(sums, x.option_lens, strict=True)]
         for a, b in zip(one["scores"], means, strict=True):
             worst, relative = max(worst, abs(a - b)), max(relative, abs(a - b) / (2e-5 + 1e-5 * abs(b)))
@@ -60,7 +60,9 @@ def main() -> None:
             framework = framework_of(args_of, name, model=model)
             model = framework.model
             if (demos, name) == (args.demonstrations[0], args.tasks[0]):
-                scoring.score(model, framework.examples(framework.task.sample_subset("train", 0, 8)))  # warms up
+                scoring.score(
+                    model, framework.prompts.examples(framework.task.sample_subset("train", 0, 8))
+                )  # warms up
             samples = framework.task.sample_subset("validation", 0, args.rows)
             shots = framework.task.sample_subset("train", 0, demos)
             start = time.perf_counter()
