@@ -260,7 +260,8 @@ def percent(runs: dict[int, dict]) -> dict[int, float]:
 def table(arms: list[Arm]) -> None:
     """A row for each arm that has runs, against the base of its task."""
     for task in dict.fromkeys(arm.task for arm in arms):
-        rows = finished(arms, task)
+        if not (rows := finished(arms, task)):
+            continue
         reference = next((percent(runs) for arm, runs in rows if arm.group == "base"), {})
         print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         for arm, runs in rows:
