@@ -79,7 +79,7 @@ class OurArguments(TrainingArguments):
     max_length: int = flag(2048, "model", "longest prompt in tokens; longer ones are cut on the left")
     sfc: bool = flag(False, "model", "calibrated scores: minus the score of the option without the input")
     icl_sfc: bool = flag(False, "model", "as --sfc, but the demonstrations stay in front of the missing input")
-    adapter: str | None = flag(None, "model", "evaluate, or go on from, this LoRA adapter (ours or PEFT's)")
+    adapter: str | None = flag(None, "model", "evaluate, or go on from, this LoRA or prefix (ours or PEFT's)")
     boosters: int | None = flag(None, "model", "of the chain in --adapter, take only the first so many boosters")
 
     max_new_tokens: int = flag(50, "generation", "longest answer in tokens; prompts leave room for it in --max_length")
@@ -120,7 +120,7 @@ class OurArguments(TrainingArguments):
         100, "training", "under torchrun: compare the trained weights of all ranks every n steps (0: when saving)"
     )
     ddp_timeout: int = flag(600, "training", "under torchrun: seconds until a rank that does not answer is given up")
-    zo_method: str = flag("mezo", "training", "mezo, lozo, or file.py:Name with a subclass of zo.Method")
+    zo_method: str = flag("mezo", "training", "mezo, lozo, fzoo, ar1-zo, or file.py:Name with a subclass of zo.Method")
     zo_check: bool = flag(False, "training", "measure first whether zo_eps, learning rate and precision fit")
     replay: str | None = flag(
         None, "training", "rebuild the weights of a run from its trajectory.safetensors; the flags are those of the run"

@@ -72,7 +72,8 @@ def helps(flag: str, args, regular: bool) -> bool:
     """Whether a flag exists, means something to this run and is not taken yet."""
     return {
         "load_bfloat16": args.dtype.itemsize > 2,
-        "load_int8": not args.load_int8 and (args.trainer == "none" or args.mode != "ft"),
+        "load_int8": not args.load_int8
+        and (args.trainer == "none" or args.mode in ("lora", "prefix") or args.xgblora_ensemble),
         "per_device_train_batch_size": args.trainer != "none" and args.per_device_train_batch_size > 1,
         "max_length": True,
         "gradient_checkpointing": regular and not args.gradient_checkpointing,

@@ -1,10 +1,10 @@
 """Which choices of a run exclude or need each other, or lie out of range: one line each, before a model loads."""
 
 import math
-import os
 
 from transformers import TrainingArguments
 
+import parallel
 import placement
 from lora import layer_choice
 from methods import get_method
@@ -55,7 +55,7 @@ def check(args) -> None:
     for names, clash in conflicts.items():
         if clash:
             raise UsageError(f"{names[0]} and {names[1]} exclude each other")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = parallel.expected()
     boosts = args.xgblora and trains
     kind, _ = layer_choice(args.xgblora_layers)
     named = {
