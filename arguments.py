@@ -235,7 +235,7 @@ class OurArguments(TrainingArguments):
             super().__post_init__()
         parallel.start(self.ddp_timeout)
         if not parallel.leads():
-            self.disable_tqdm = True
+            self.disable_tqdm, self.log_level_replica = True, "error"
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel
 
     @property

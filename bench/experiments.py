@@ -21,7 +21,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -90,6 +91,10 @@ def grid() -> list[Arm]:
     sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
     probing = "--linear_probing --num_train 1000 --train_set_seed {seed}"
     rank8 = f"{LORA} --lora_alpha 128 --zo_normalize --zo_eps 1e-2 --learning_rate"
+    ar1 = f"{LORA} --lora_alpha 1024 --zo_method ar1-zo --zo_normalize --zo_eps 2e-3 --learning_rate"
+    fzoo = f"{LORA} --lora_alpha 128 --zo_method fzoo --zo_queries 8 --zo_eps 1e-2 --lr_scheduler_type constant"
+    fzoo += " --learning_rate"
+    full = "--trainer zo --zo_eps 1e-3 --lr_scheduler_type constant --learning_rate"
     return [
         Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
         Arm("start", "label bias only", BIAS, steps=0),
@@ -110,11 +115,10 @@ def grid() -> list[Arm]:
         Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
             "--zo_eps 1e-3 --lr_scheduler_type constant"),
         Arm("methods", "XGBLoRA, A and B, rounds of 100", f"{BOOST} --xgblora_steps_per_iteration 100 {sgd} 3e-4"),
-        Arm("methods", "AR1-ZO r 8",
-            f"{LORA} --lora_alpha 1024 --zo_method ar1-zo --zo_normalize --learning_rate 2e-4 --zo_eps 2e-3"),
-        Arm("methods", "FZOO on LoRA r 8, alpha 128, 8 queries",
-            f"{LORA} --lora_alpha 128 --zo_method fzoo --zo_queries 8 --learning_rate 1e-4 --zo_eps 1e-2 "
-            "--lr_scheduler_type constant", steps=89),
+        *(Arm("methods", f"AR1-ZO r 8{name}", f"{ar1} {rate}") for name, rate in
+          (("", "2e-4"), (", η 5e-4", "5e-4"), (", η 1e-3", "1e-3"))),
+        *(Arm("methods", f"FZOO on LoRA r 8, alpha 128, 8 queries{name}", f"{fzoo} {rate}", steps=89) for name, rate in
+          (("", "1e-4"), (", η 3e-5", "3e-5"), (", η 1e-5", "1e-5"))),
         Arm("methods", "first-order LoRA r 8", f"{first} --lora --learning_rate 1e-3", steps=200, batch=16, seeds=(0,)),
         Arm("methods", "first-order XGBLoRA",
             f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3", 200, 16, (0,)),
@@ -136,14 +140,21 @@ def grid() -> list[Arm]:
             "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
         Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
         Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
+        *(Arm("full", f"{name}, η {rate}", f"{full} {rate}{method}", seeds=(0,), dtype="float32")
+          for rate in ("1e-5", "3e-6")
+          for name, method in (("LOZO r 2, full weights", " --zo_method lozo"), ("MeZO full", ""))),
         # Confirmation: what was chosen on the dev rows, fixed before any of these tasks was run.
-        *(arm for task in ("Tweets", "SST2", "Products", "Editorials", "Reviews") for arm in (
+        *(arm for task in ("Tweets", "SST2", "Products", "Editorials") for arm in (
             Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,), task=task),
             Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
             Arm("start", "linear probing", probing, steps=0, task=task),
             Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
             Arm("methods", "MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", seeds=CONFIRM, task=task),
         )),
+        Arm("weights", "recipe fast in float32", "--trainer zo --recipe fast", seeds=(0,), task="SST2",
+            dtype="float32"),
+        Arm("weights", "MeZO-LoRA r 8 at its best in float32", f"{LORA} {sgd} 1e-3", seeds=(0,), task="SST2",
+            dtype="float32"),
     ]  # fmt: skip
 
 
@@ -163,7 +174,7 @@ def label_bias(arm: Arm, seed: int) -> None:
     """
     import run
 
-    started, words = time.perf_counter(), arm.command.removesuffix(BIAS).split()
+    started, words = time.perf_counter(), os.path.expandvars(arm.command.removesuffix(BIAS)).split()
     args = run.parse([*words, "--trainer", "none", "--seed", str(seed), "--disable_tqdm", "True"])
     task = run.get_task(args.task_name, args.data_dir)
     made, margins, golds = run.Framework(args, task), [], []
@@ -193,14 +204,16 @@ def write(arm: Arm, seed: int, command: str, found: dict) -> None:
         "seed": seed,
         "steps": arm.steps,
         "batch": arm.batch,
+        "weights": arm.dtype,
     }
     path = arm.path(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "command": command, **found}, indent=1, ensure_ascii=False) + "\n")
 
 
-def run_one(job: tuple[Arm, int]) -> None:
+def run_one(job: tuple[Arm, int], dtype: str | None = None) -> None:
     arm, seed = job
+    arm = replace(arm, dtype=dtype or arm.dtype)
     if arm.flags == BIAS:
         return label_bias(arm, seed)
     name = f"{arm.task}-{arm.path(seed).stem}"
@@ -325,6 +338,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only arms whose name holds this")
     parser.add_argument("--tasks", nargs="+", help="only these tasks; dev stands for the dev rows of Reviews")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--dtype", help="weights in this (bfloat16 takes thrice the time where a CPU lacks it)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     arms = [a for a in grid() if (not args.groups or a.group in args.groups) and args.only in a.name]
@@ -347,7 +361,9 @@ def main() -> None:
         return None
     make_dev()
     with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in tqdm(pool.map(run_one, jobs), total=len(jobs), unit="run", desc="experiments"):
+        for _ in tqdm(
+            pool.map(partial(run_one, dtype=args.dtype), jobs), total=len(jobs), unit="run", desc="experiments"
+        ):
             pass
     return None
 

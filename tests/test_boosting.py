@@ -243,7 +243,7 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: 
 
 def test_the_best_prefix_on_dev_is_kept(go, caplog):  # noqa: F811
     caplog.set_level("INFO")
-    result = go(f"{ZO} --xgblora_best --num_dev 8 --metric loss --learning_rate 5")["sets"][0]
+    result = go(f"{ZO} --xgblora_best --num_dev 8 --metric loss --learning_rate 500")["sets"][0]
     kept = Trajectory.load("out/trajectory.safetensors").about["boosters"]
     assert result["boosters"] == kept < 3 and "best loss" in caplog.text
     assert result["dev_loss"] == pytest.approx(min(stage_losses(caplog.text)), abs=1e-3)

@@ -85,7 +85,7 @@ def launch(plan: str, lines: list, *words: str, **environment) -> subprocess.Pop
 
 def finish(process: subprocess.Popen) -> str:
     try:
-        return process.communicate(timeout=150)[0]
+        return process.communicate(timeout=500)[0]
     finally:
         process.kill()
 

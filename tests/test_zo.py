@@ -627,4 +627,4 @@ def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():
     closure = partial(scoring.loss, model, scoring.pack(examples), True)
     LoRA(model, 1, 16, freeze_a=True)
     found = {eps: check(ZerothOrder(model, 5e-3, eps, normalize=True, master=True), closure) for eps in (1e-3, 3e-2)}
-    assert found[1e-3].noise_share > 0.5 > 0.3 > found[3e-2].noise_share
+    assert found[1e-3].noise_share > 0.4 > 0.3 > found[3e-2].noise_share  # 0.45 to 0.6, by the CPU
