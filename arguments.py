@@ -231,9 +231,10 @@ class OurArguments(TrainingArguments):
         if self.torch_compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             logger.warning("--torch_compile: no C++ compiler on this machine, running eagerly")
             self.torch_compile = False
+        self.sharded, self.fsdp = bool(self.fsdp), None  # by fsdp.py: the library takes GPUs only
         with parallel.hidden():
             super().__post_init__()
-        parallel.start(self.ddp_timeout)
+        parallel.start(self.ddp_timeout, self.sharded)
         if not parallel.leads():
             self.disable_tqdm, self.log_level_replica = True, "error"
         self._n_gpu = min(1, self.n_gpu)  # never DataParallel

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same by back-propagation: MODE=ft|prefix|lora|xgblora TASK=SST2 bash finetune.sh [flags of run.py]
-# NUM_GPU=4 starts torchrun: each GPU holds the whole model and takes its share of a batch.
+# NUM_GPU=4 starts torchrun: each GPU takes its share of a batch, and holds the whole model, or with --fsdp a part of it.
 set -euo pipefail
 
 BS=${BS:-8}

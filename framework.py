@@ -16,6 +16,7 @@ import torch
 
 import adapters
 import checkpoint
+import fsdp
 import generation
 import memory
 import metrics
@@ -75,8 +76,9 @@ class Framework:
         """The model in eval mode on its device, adapters injected."""
         args = self.args
         self.estimate = self.foresee()
+        device = "cpu" if args.sharded else args.device  # a whole model may be too much for it
         model = models.read_model(
-            args.model_name, args.dtype, args.trust_remote_code, args.device, args.bits, args.device_map,
+            args.model_name, args.dtype, args.trust_remote_code, device, args.bits, args.device_map,
             args.offload_folder,
         )  # fmt: skip
         if args.bits == 4 and args.trainer == "regular":
@@ -228,6 +230,8 @@ class Framework:
         found = parallel.first(functools.partial(earlier, args, output_dir, settings))
         parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
         model = self.model
+        if args.sharded:
+            self.shard()
         collate = functools.partial(scoring.pack, plain=self.plain)
         loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
         weigh, size = functools.partial(shares.weight, classification=args.train_as_classification), shares.tokens
@@ -242,7 +246,7 @@ class Framework:
             train_dataset=examples,
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
-            data_collator=shares.Share(collate, weigh, size, divides=args.zo_parallel == "data"),
+            data_collator=shares.Share(collate, weigh, size, args.zo_parallel == "data", in_step=args.sharded),
             loss_fn=loss_fn,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
             dev_loss_fn=lambda model: scoring.mean_loss(
@@ -268,10 +272,17 @@ class Framework:
                 trainer.refuse_unsaved()
             trainer.signals.check()
         trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
-        if args.save_model and parallel.leads():
-            trainer.save_model(str(output_dir))
+        if args.save_model:
+            trainer.save_result(output_dir)
         trainer.refuse_unsaved()
         model.eval()
+
+    def shard(self) -> None:
+        """`--fsdp`: from here on a rank has a part of each weight; no way leads back."""
+        adapter = self.lora_module or scoring.trained_prefix(self.model)
+        if self.lora_module:
+            self.lora_module.replaced.clear()  # the whole weights
+        fsdp.shard(self.model, adapter.parameters() if adapter else (), self.args.device)
 
     def best_stage(self, dev_rows: Rows) -> int:
         """`--xgblora_best`: how many of the boosters do best on the dev rows."""

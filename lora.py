@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapters
 from adapters import Booster, Round, Saved, layer_number
-from placement import execution_device
+from placement import execution_device, piece
 from streaming import NoCopies
 from utils import UsageError
 
@@ -107,13 +107,11 @@ class LoRA:
         targets: names of layers or last parts of them; default q_proj and v_proj, else PEFT's for the model type.
         freeze_a: only B is trained, A stays the draw of its round.
         ranks: of round 0, 1, …; the last one is that of all rounds to come.
-        layers: "all", "top:N" (the N upper decoder layers) or "random:N" (N of them, drawn from (seed, round)); N may
-            be "half".
+        layers: "all", "top:N" (the N upper decoder layers) or "random:N" (drawn from (seed, round)); N may be "half".
         ensemble: boosters stay beside the weights, fp32, as one adapter of growing rank; nothing is rounded.
 
-    `lora_modules` lists the layers; `boosters` the merged rounds, one dict {module name: Booster} each, without the
-    live one; `lengths` their step lengths, which the scalings include; `round` counts rejected boosters too. Raises
-    UsageError where no layer matches, naming the Linear layers that exist.
+    `lora_modules`: the layers; `boosters`: the merged rounds, {module name: Booster} each; `lengths`: their step
+    lengths; `round` counts rejected ones too. Raises UsageError where no layer matches, naming the Linear ones.
     """
 
     def __init__(
@@ -292,9 +290,10 @@ class LoRA:
         lost, size = 0.0, 0.0
         for name in () if self.ensemble else changed:
             module, exact = self.modules[name], self.exact(name)
-            module.weight.copy_(exact)
-            if module.weight.dtype != torch.float32 and changed[name] is not None:
-                lost += float((module.weight.cpu().float() - exact).square().sum())
+            rounded = exact.to(module.weight.dtype)
+            module.weight.copy_(piece(rounded, module.weight))
+            if rounded is not exact and changed[name] is not None:
+                lost += float((rounded.float() - exact).square().sum())
                 size += float((changed[name].folded @ changed[name].A).square().sum())
         if size:
             loss = math.sqrt(lost / size)

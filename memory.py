@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+import parallel
 from shapes import TARGETS, Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
 
 logger = logging.getLogger("run")
@@ -154,6 +155,11 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     else:  # zo, of adapters: the flat fp32 master, z, and the moments
         states = 1 + args.zo_queries + {"momentum": 1, "adamw": 2}.get(args.zo_optim, 0)
         optimizer = adapter * states if args.trainer == "zo" else 0.0
+    if args.sharded:  # a part of all; whole for a while what lies outside the layers, with its gradient where trained
+        parts, outside = parallel.expected(), model.parameters - sum(o * i for o, i in model.linear.values())
+        frozen = args.mode in ("lora", "xgblora", "prefix")
+        weights = weights / parts + outside * size * (1 if frozen else 2)
+        optimizer = optimizer if frozen else optimizer / parts
     if args.mode == "xgblora" and not args.xgblora_ensemble and cpu:  # W0 and the sum of the chain, on the host
         adapter += sum(out * into * (size + 4) for out, into in targets)
 
@@ -161,7 +167,7 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     return Estimate(
         weights, activations(args, model, learned, evaluated, copies, new), adapter, optimizer,
         process=(resident + PROGRAM) * cpu,
-        loading=model.parameters * file if cpu and (packed or file != size) else 0.0,
+        loading=model.parameters * file if cpu and (packed or file != size or args.sharded) else 0.0,
         free=psutil.virtual_memory().available + resident if cpu else torch.cuda.mem_get_info(args.device)[0],
     )  # fmt: skip
 

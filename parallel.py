@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import checkpoint
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))  # seconds put before every exchange, to try a slow network
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE")
 WIRE = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and waited
+ALONE = contextlib.nullcontext()
+company: contextlib.AbstractContextManager = ALONE  # around what a rank does by itself; fsdp.py has another
 
 
 class PeerLost(RuntimeError):
@@ -84,8 +87,11 @@ def hidden() -> Iterator[None]:
         os.environ |= kept
 
 
-def start(timeout: float) -> None:
-    """Meet the other ranks, where there are any; an exchange of more than `timeout` seconds fails."""
+def start(timeout: float, tensors: bool = False) -> None:
+    """Meet the other ranks, where there are any; an exchange of more than `timeout` seconds fails. `tensors`: more than
+    numbers will go between GPUs."""
+    global company
+    company = ALONE
     if expected() == 1:
         return
     if "MASTER_ADDR" not in os.environ:
@@ -96,7 +102,8 @@ def start(timeout: float) -> None:
             store, number, ranks = next(dist.rendezvous("env://", timeout=limit))
             # torchrun's store outlives the ranks that it starts again: they would find the addresses of the dead.
             store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=limit)
+            backend = "cpu:gloo,cuda:nccl" if tensors and torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=limit)
         atexit.register(dist.destroy_process_group)
     if not leads():
         logging.getLogger().setLevel(logging.ERROR)
@@ -107,6 +114,18 @@ def start(timeout: float) -> None:
 # ---- exchanges ----
 
 
+def peer_lost(error: Exception) -> PeerLost:
+    reason = re.sub(r"^\[.*?\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    return PeerLost(
+        f"another rank died or does not answer ({reason}); the same command goes on from the last checkpoint"
+    )
+
+
+def of_network(error: Exception) -> bool:
+    """Whether an exchange that is not ours (fsdp) has raised it."""
+    return isinstance(error, dist.DistError) or (size() > 1 and "gloo" in str(error))
+
+
 @contextlib.contextmanager
 def lost() -> Iterator[None]:
     """What the network raises, as one line; `seconds` of WIRE grow by the time spent here."""
@@ -114,10 +133,7 @@ def lost() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        reason = re.sub(r"^\[.*?\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
-        raise PeerLost(
-            f"another rank died or does not answer ({reason}); the same command goes on from the last checkpoint"
-        ) from error
+        raise peer_lost(error) from error
     finally:
         WIRE["seconds"] += time.perf_counter() - before
 
@@ -155,13 +171,14 @@ def together(fn: Callable) -> list:
     if size() == 1:
         return [fn()]
     mine, error = None, None
-    try:
-        with Signals.leaving():
-            mine = fn()
-    except PeerLost:
-        raise
-    except (Exception, checkpoint.Interrupted) as raised:
-        error = raised
+    with company:
+        try:
+            with Signals.leaving():
+                mine = fn()
+        except PeerLost:
+            raise
+        except (Exception, checkpoint.Interrupted) as raised:
+            error = raised
     everyone = gather_objects([type(error).__name__, str(error)] if error else [None, mine])
     failed = [(number, kind, text) for number, (kind, text) in enumerate(everyone) if kind]
     if failed:
@@ -239,8 +256,8 @@ class Signals(checkpoint.Signals):
     @classmethod
     @contextlib.contextmanager
     def leaving(cls) -> Iterator[None]:
-        """What a rank does alone, and may leave where the evaluation may be left."""
-        if not cls.open:
+        """What a rank does alone, and may leave where the evaluation may be left and no other waits for it."""
+        if not cls.open or company is not ALONE:
             yield
             return
         try:
@@ -262,7 +279,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> float:
     """48 bits of a hash of the sums of blocks of the tensors' bits, fast wherever the tensors are."""
     digest = hashlib.sha256()
     for t in tensors:
-        if not t.is_meta:
+        if not (t.is_meta or isinstance(t, DTensor)):  # of what is divided there is one copy
             flat = t.detach().contiguous().view(-1).view(torch.uint8)
             flat = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
             sums = torch.stack([block.sum(dtype=torch.int64) for block in flat.split(1 << 20)])

@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils import UsageError
 
@@ -56,6 +57,13 @@ def execution_device(module: nn.Module) -> torch.device:
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go: to the embedding."""
     return execution_device(model.get_input_embeddings())
+
+
+def piece(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have, where `like` is divided (fsdp.py)."""
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def check(args, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import math
 
 from transformers import TrainingArguments
 
+import fsdp
 import parallel
 import placement
 from lora import layer_choice
@@ -15,6 +16,7 @@ from utils import UsageError
 def check(args) -> None:
     """Raise UsageError for choices that exclude each other or lie out of range."""
     trains, zo, lora = args.trainer != "none", args.trainer == "zo", args.lora or args.xgblora
+    regular = args.trainer == "regular"
     adapters = lora or args.prefix_tuning
     conflicts = {
         ("--xgblora", "--prefix_tuning"): args.xgblora and args.prefix_tuning,
@@ -37,7 +39,12 @@ def check(args) -> None:
         (f"--load_int{args.bits}", "--save_merged"): args.bits and args.save_merged,
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
-        ("--trainer zo", "--fsdp"): zo and args.fsdp,
+        ("--fsdp", f"--load_int{args.bits}"): args.fsdp and args.bits,
+        ("--fsdp", "--save_merged"): args.fsdp and args.save_merged,
+        ("--fsdp", "--linear_probing"): args.fsdp and args.linear_probing,
+        ("--fsdp", f"--optim {args.optim} (adamw_torch and sgd do)"): args.fsdp
+        and not args.optim.startswith(("adamw_torch", "sgd")),
+        ("--fsdp", "--fsdp_config (nothing reads it)"): args.fsdp and args.fsdp_config,
         ("--trainer zo", "--label_smoothing_factor"): zo and args.label_smoothing_factor,
         ("--trainer zo", "--neftune_noise_alpha"): zo and args.neftune_noise_alpha,
         ("--trainer zo", "--auto_find_batch_size"): zo and args.auto_find_batch_size,
@@ -110,7 +117,10 @@ def check(args) -> None:
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
         and args.zo_queries < ranks,
-        "--fsdp under torchrun is not available yet: each rank holds the whole model": args.fsdp and ranks > 1,
+        f"--fsdp {args.fsdp}: there is full_shard, with or without auto_wrap": args.fsdp
+        and not {*str(args.fsdp).lower().split()} <= fsdp.WORDS,
+        "--fsdp needs --trainer regular (a model that outgrows a device: --device_map)": args.fsdp and not regular,
+        "--fsdp divides the weights among ranks: start with torchrun": args.fsdp and ranks == 1,
         "--device_map runs in one process: under torchrun each rank has one device": args.device_map and ranks > 1,
         "--offload_folder needs --device_map": args.offload_folder and not args.device_map,
         "--zo_parallel queries needs --trainer zo": args.zo_parallel == "queries" and not zo,

@@ -124,6 +124,7 @@ def replay(args: OurArguments) -> int:
 
 def explanation(error: Exception) -> str | None:
     """What to tell the person at the terminal; None where only a traceback tells it."""
+    error = parallel.peer_lost(error) if parallel.of_network(error) else error
     if isinstance(error, SAID) or checkpoint.is_full(error):
         return " ".join(str(error).split())
     words = str(error)

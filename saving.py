@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 import checkpoint
+import fsdp
 import parallel
 import scoring
 
@@ -54,6 +55,7 @@ class SavingTrainer(Trainer):
         self.unsaved: BaseException | str | None = None  # why the last state is not on the disk
         self.lora_module = None
         self._staging = None
+        self.gathered: dict | None = None  # the model's state in whole tensors, while it is written
         super().__init__(*args, **kwargs)
         # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -92,6 +94,7 @@ class SavingTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
+        state_dict = state_dict or self.gathered
         output_dir = Path(output_dir or self.args.output_dir)
         if self.adapter:
             self.adapter.save_pretrained(output_dir)
@@ -115,7 +118,15 @@ class SavingTrainer(Trainer):
             self._write_checkpoint(model, trial)
             return self.state.best_model_checkpoint, self.unsaved and str(self.unsaved)
 
-        self.state.best_model_checkpoint, self.unsaved = parallel.first(write)
+        with fsdp.gathered(self.model, self.optimizer) as self.gathered:
+            self.state.best_model_checkpoint, self.unsaved = parallel.first(write)
+        self.gathered = None
+
+    def save_result(self, directory: Path) -> None:
+        """Write what was trained, on rank 0."""
+        with fsdp.gathered(self.model, None) as self.gathered:
+            parallel.first(lambda: self.save_model(str(directory)))
+        self.gathered = None
 
     def _write_checkpoint(self, model, trial):
         """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import parallel
 import scoring
@@ -48,10 +49,11 @@ def cuts(sizes: Sequence[int], ranks: int) -> list[range]:
 
 class Share:
     """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `part`, the fraction of
-    the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else."""
+    the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else, or one row
+    for nothing where all have to run `in_step`."""
 
-    def __init__(self, pack: Callable, weight: Callable, size: Callable = tokens, divides: bool = True):
-        self.pack, self.weight, self.size, self.divides = pack, weight, size, divides
+    def __init__(self, pack: Callable, weight: Callable, size: Callable = tokens, divides=True, in_step=False):
+        self.pack, self.weight, self.size, self.divides, self.in_step = pack, weight, size, divides, in_step
         self.stored = False  # rows whose activations are kept stay with the rank that keeps them
 
     def __call__(self, batch: Sequence[Example]) -> dict[str, Tensor | float]:
@@ -63,6 +65,7 @@ class Share:
         elif self.divides:
             rows = [batch[i] for i in balanced([self.size(x) for x in batch], ranks)[parallel.rank()]]
         about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(self.size, rows))}
+        rows = rows or list(batch[: self.in_step])  # its part is 0
         return {**self.pack(rows), **about} if rows else about
 
 
@@ -140,6 +143,9 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
     """Sum the gradients of the ranks, each of its part of the loss (`--trainer regular`)."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if isinstance(p, DTensor):  # fsdp has averaged
+            p.grad.mul_(parallel.size())
+            continue
         with parallel.lost():
             dist.all_reduce(p.grad)
 

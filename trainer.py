@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 import bottom
+import fsdp
 import parallel
 import scoring
 import shares
@@ -78,12 +79,12 @@ class OurTrainer(SavingTrainer):
     def create_optimizer(self, model=None):
         args, adapter = self.args, self.adapter
         if not self.zeroth_order:
-            if not self.lora_module:
-                return super().create_optimizer(model)
-            for p in self.lora_module.parameters():  # those too that only a later round trains
+            for p in self.lora_module.parameters() if self.lora_module else ():  # those too that a later round trains
                 p.requires_grad_(True)
             super().create_optimizer(model)
-            self.lora_module.require_grad(self.holds_a)
+            self.optimizer.register_load_state_dict_post_hook(fsdp.divide_state)
+            if self.lora_module:
+                self.lora_module.require_grad(self.holds_a)
         elif self.optimizer is None:
             if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)

@@ -173,16 +173,17 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
     return ids, learned, cut
 
 
-def keep_pages() -> None:
+def keep_pages(keep: bool = True) -> None:
     """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
 
-    `bench/step.py --default_malloc` shows what it is worth. Does nothing where there is no glibc.
+    `bench/step.py --default_malloc` shows what it is worth. Not to `keep` it takes time, and the memory that is held.
+    Does nothing where there is no glibc.
     """
     trim_threshold, mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
+        libc.mallopt(trim_threshold, 1 << 30 if keep else 1 << 16)
     except (OSError, AttributeError):
         pass
 

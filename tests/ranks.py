@@ -1,6 +1,7 @@
 """Started by torchrun in test_parallel.py: `run.main` for each line of a plan, with the mishap that it names.
 
-The exit statuses, and what was said, are written beside the plan: <plan>-<rank>.json.
+The exit statuses, and what was said, are written beside the plan: <plan>-<rank>.json; the names of what else was
+written: <plan>-<rank>-written.
 """
 
 import contextlib
@@ -80,6 +81,19 @@ def mishap(name: str | None):
     return lambda: setattr(OurTrainer, method, original)
 
 
+written = set()
+
+
+def note(event, args):
+    """An audit hook: what is opened for writing, made, moved or removed below this folder."""
+    writes = event == "open" and args[2] and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        names = args[: 2 if event == "os.rename" else 1]
+        paths = [os.path.relpath(name) for name in names if isinstance(name, str | Path)]
+        written.update(path for path in paths if path != "." and not path.startswith(".."))
+
+
+sys.addaudithook(note)
 statuses = []
 for flags, name in json.loads(PLAN.read_text()):
     take_back, said = mishap(name), io.StringIO()
@@ -88,6 +102,7 @@ for flags, name in json.loads(PLAN.read_text()):
         statuses.append([run.main(flags), said.getvalue()])
     sys.stderr.write(said.getvalue())
     take_back()
+    PLAN.with_name(f"{PLAN.stem}-{RANK}-written").write_text(json.dumps(sorted(written)))
     PLAN.with_name(f"{PLAN.stem}-{RANK}.json").write_text(json.dumps(statuses))
     if RANK == 0:
         PLAN.with_name(f"{PLAN.stem}-ended").write_text(str(time.time()))

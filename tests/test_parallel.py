@@ -187,6 +187,12 @@ def test_only_rank_0_speaks(two):
     assert theirs[1] == ""
 
 
+def test_only_rank_0_writes(two):
+    ours, theirs = (set(json.loads(Path(f"two-{r}-written").read_text())) for r in (0, 1))
+    assert {"boost.json", "boost.jsonl"} <= ours and any(path.startswith("boost/") for path in ours)
+    assert {path for path in theirs if not path.startswith("two-1")} == set()
+
+
 def test_an_evaluation_is_divided_and_put_together_in_order(place, two):
     for name, more in {"evaluated": SHOTS, "answered": OWN}.items():
         assert [status for status, _ in two[name]] == [0, 0]

@@ -176,11 +176,15 @@ def test_dev_rows_never_come_out_of_the_training_rows(refused):
 
 
 def test_ranks(refused, monkeypatch):
+    refused("--trainer regular --fsdp", "torchrun")
     monkeypatch.setenv("WORLD_SIZE", "4")
     refused("--trainer zo --lora --max_steps 1", "WORLD_SIZE is 4", "torchrun")
     refused("--trainer zo --lora --zo_parallel queries --zo_queries 3", "--zo_queries 4 or more")
     refused("--trainer regular --lora --zo_parallel queries --zo_queries 8", "--trainer zo")
-    refused("--trainer regular --lora --fsdp full_shard", "--fsdp under torchrun")
+    refused("--trainer zo --fsdp full_shard", "--fsdp needs --trainer regular")
+    refused("--trainer regular --fsdp hybrid_shard", "there is full_shard")
+    refused("--trainer regular --fsdp --optim adafactor", "--fsdp", "adafactor", "exclude")
+    refused("--trainer regular --fsdp --lora --save_merged", "--fsdp", "--save_merged")
     refused("--trainer zo --lora --replay trajectory.safetensors", "--replay")
 
 

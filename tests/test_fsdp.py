@@ -1,0 +1,87 @@
+"""Weights divided among ranks: the steps of one process with the whole model, and files that either goes on from."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_parallel import ONE, OWN, alone, close, finish, flags, free_port, launch, losses, place, same  # noqa: F401
+
+import checkpoint
+
+REGULAR = "--trainer regular --save_model --logging_steps 1 --num_train 13 --per_device_train_batch_size 4"
+DEV = "--num_dev 8 --eval_strategy steps --eval_steps 2"
+FULL = f"{REGULAR} --learning_rate 1e-3 --lr_scheduler_type constant {DEV} --save_steps 2 --save_on_interrupt"
+BOOST = f"{REGULAR} --xgblora --xgblora_steps_per_iteration 3 --max_steps 8 --learning_rate 1e-2"
+# name of the output directory -> flags, beside --fsdp, of two ranks and of one process
+SAME = {
+    "full": f"{FULL} --max_steps 6",
+    "best": f"{FULL} --max_steps 4 --load_best_model_at_end --metric loss --learning_rate 1 --optim sgd --seed 1",
+    "accumulated": f"{REGULAR} --max_steps 3 --gradient_accumulation_steps 2 --gradient_checkpointing --num_train 3",
+    "head": f"{REGULAR} --head_tuning --untie_emb --max_steps 4 --learning_rate 1e-3 --optim sgd",
+    "lora": f"{REGULAR} --lora --max_steps 6 --learning_rate 1e-2 --train_as_classification",
+    "boost": f"{BOOST} --xgblora_adaptive {DEV}",
+    "half": f"{BOOST} --load_bfloat16 --optim sgd --learning_rate 1e-1",
+    "prefix": f"{REGULAR} --prefix_tuning --max_steps 4 --learning_rate 1e-2",
+    "answered": f"{OWN} --trainer regular --num_train 6 --max_steps 2 --save_model",
+}
+FILES = {"lora": "adapter_model", "boost": "boosters", "half": "boosters", "prefix": "adapter_model"}
+
+
+@pytest.fixture(scope="module")
+def two(place):  # noqa: F811
+    """{name: (exit status, what it said) of each rank} of all runs of two ranks."""
+    alone(place, "grown", f"{FULL} --max_steps 2 {ONE}")
+    plan = {name: (f"{more} --fsdp full_shard", None) for name, more in SAME.items()}
+    plan["grown"] = (f"{SAME['full']} --fsdp", None)  # goes on from 2 steps of one process
+    plan["shrunk"] = (f"{SAME['full']} --fsdp", "signal")
+    lines = [(flags(place, name, more), mishap) for name, (more, mishap) in plan.items()]
+    said = finish(launch("fsdp.json", lines, "--nproc_per_node", "2", "--master_port", free_port()))
+    try:
+        statuses = [json.loads(Path(f"fsdp-{r}.json").read_text()) for r in (0, 1)]
+        return dict(zip(plan, zip(*statuses, strict=True), strict=True))
+    except (OSError, ValueError):
+        pytest.fail(said)
+
+
+def weights(name: str) -> dict:
+    return load_file(f"{name}/{FILES.get(name, 'model')}.safetensors")
+
+
+def best_step(name: str) -> int:
+    last = checkpoint.completed(name)[-1]
+    return json.loads((last / "trainer_state.json").read_text())["best_global_step"]
+
+
+@pytest.mark.parametrize("name", list(SAME))
+def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):  # noqa: F811
+    assert [status for status, _ in two[name]] == [0, 0], two[name]
+    alone(place, f"{name}-1", f"{SAME[name]} {ONE}")
+    digits = 2e-2 if name == "half" else 1e-4
+    for a, b in zip(losses(name), losses(f"{name}-1"), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"] and a.get("step_length") == b.get("step_length")
+        assert all(close(a[key], b[key], digits) for key in ("loss", "eval_loss", "grad_norm") if key in a), (a, b)
+    ours, theirs = weights(name), load_file(f"{name}-1/{FILES.get(name, 'model')}.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[key] - theirs[key]).abs().max() < digits for key in ours)
+    if name == "best":
+        assert checkpoint.completed(name)[-1].name == "checkpoint-4" and best_step(name) == 2
+    said = [list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1")]
+    assert [x["prediction"] for x in said[0]] == [x["prediction"] for x in said[1]] or name == "half"
+
+
+def test_a_rank_that_dies_while_the_others_wait_for_its_weights(place):  # noqa: F811
+    dies = [(flags(place, "lost", f"{SAME['full']} --fsdp"), "death")]
+    said = finish(launch("dies.json", dies, "--nproc_per_node", "2", "--master_port", free_port()))
+    lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
+    assert len(lines) == 1 and "another rank died" in lines[0], said
+    assert [path.name for path in checkpoint.completed("lost")] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_process_and_two_ranks_go_on_from_each_other(place, two):  # noqa: F811
+    assert [status for status, _ in two["grown"] + two["shrunk"]] == [0, 0, *[checkpoint.REQUEUE] * 2]
+    assert "going on from grown/checkpoint-2" in two["grown"][0][1]
+    alone(place, "shrunk", f"{SAME['full']} {ONE}")
+    for name in ("grown", "shrunk"):
+        ours = load_file(f"{name}/model.safetensors")
+        assert all((ours[key] - value).abs().max() < 1e-4 for key, value in weights("full").items())
