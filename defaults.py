@@ -70,6 +70,7 @@ def settings_block(args) -> dict[str, str]:
         accumulated = args.gradient_accumulation_steps
         rows["batch"] = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
         rows["batch"] += f", divided among {args.shares} ranks" if args.shares > 1 else ""
+        rows["batch"] += ", and so are the weights" if args.sharded else ""
         rows["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         rows["objective"] = args.objective or (
             "classification" if args.train_as_classification else "language modelling"

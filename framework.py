@@ -49,6 +49,7 @@ class Framework:
 
     def __init__(self, args: OurArguments, task):
         self.args, self.task = args, task
+        parallel.company = parallel.ALONE
         if task:
             args.choose_best_by(task.metric_name)
             rules.fit(args, task)
@@ -90,9 +91,8 @@ class Framework:
         placement.check(args, model)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
-        self.plain = not scoring.takes_packed(model, self.max_length)
-        if self.plain:
-            logger.warning("%s can't take packed rows: scoring one padded row per candidate", args.model_label)
+        if not args.sharded:
+            self.choose_rows(model)
         if self.prefix_length:
             reparam = args.prefix_tuning and not args.no_reparam
             made = PrefixTuning(model, self.prefix_length, reparam, args.prefix_init_by_real_act, args.seed)
@@ -114,6 +114,12 @@ class Framework:
         if args.adapter and self.lora_module:
             self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model
+
+    def choose_rows(self, model) -> None:
+        """Packed rows, or plain ones where the model can't take them."""
+        self.plain = not scoring.takes_packed(model, self.max_length)
+        if self.plain:
+            logger.warning("%s can't take packed rows: scoring one padded row per candidate", self.args.model_label)
 
     def foresee(self) -> memory.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""
@@ -278,11 +284,19 @@ class Framework:
         model.eval()
 
     def shard(self) -> None:
-        """`--fsdp`: from here on a rank has a part of each weight; no way leads back."""
-        adapter = self.lora_module or scoring.trained_prefix(self.model)
-        if self.lora_module:
-            self.lora_module.replaced.clear()  # the whole weights
-        fsdp.shard(self.model, adapter.parameters() if adapter else (), self.args.device)
+        """`--fsdp`: from here on a rank has a part of each weight, on its device; no way leads back."""
+        model, lora, prefix, device = self.model, self.lora_module, scoring.trained_prefix(self.model), self.args.device
+        weights = parallel.fingerprint([*model.parameters()])
+        parallel.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
+        if lora:
+            lora.replaced.clear()  # the whole weights
+            for module in lora.lora_modules:
+                module.chain = module.chain and tuple(part.to(device) for part in module.chain)
+        if prefix:
+            prefix.places = [device] * len(prefix.places)
+        adapter = lora or prefix
+        fsdp.shard(model, adapter.parameters() if adapter else (), device)
+        self.choose_rows(model)
 
     def best_stage(self, dev_rows: Rows) -> int:
         """`--xgblora_best`: how many of the boosters do best on the dev rows."""

@@ -29,7 +29,7 @@ def shard(model: nn.Module, adapters: Iterable[Tensor], device: torch.device) ->
     for p in kept:
         p.data = p.data.to(device)
     blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    for block in (*blocks, model):
+    for block in (*reversed(blocks), model):  # what lies inside first
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     model.register_load_state_dict_pre_hook(divide)
     with torch.no_grad():  # the first forward makes the buffers, which inference mode would spoil for training
@@ -38,15 +38,23 @@ def shard(model: nn.Module, adapters: Iterable[Tensor], device: torch.device) ->
 
 
 class Company(contextlib.AbstractContextManager):
-    """Inside, the ranks do different things; one that is done runs the model along with the others until all are."""
+    """Inside, the ranks do different things; one that is done runs the model along with the others until all are.
+
+    `torn`: a forward is under way, or an error has broken it off: the others wait for weights, and can't be told.
+    """
 
     def __init__(self, model: nn.Module):
-        self.model, self.apart = model, False
-        model.register_forward_pre_hook(self.announce, prepend=True)  # ahead of the hook that gathers weights
+        self.model, self.apart, self.torn = model, False, False
+        model.register_forward_pre_hook(self.begin, prepend=True)  # ahead of the hook that gathers weights
+        model.register_forward_hook(self.end)
 
-    def announce(self, *_) -> None:
+    def begin(self, *_) -> None:
         if self.apart:
             parallel.gather([1.0])
+        self.torn = True
+
+    def end(self, *_) -> None:
+        self.torn = False
 
     def __enter__(self):
         self.apart = True
@@ -73,12 +81,17 @@ def divide(model: nn.Module, state: dict, prefix: str, *_) -> None:
         state[name] = piece(state[name], names[name])
 
 
-def divide_state(optimizer: torch.optim.Optimizer) -> None:
-    """A hook after `load_state_dict` of an optimizer."""
-    for p, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
-                state[name] = piece(value, p)
+def divide_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+    """A hook before `load_state_dict` of an optimizer, which would put whole tensors on the device."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {
+            k: piece(v, trained[i]) if isinstance(v, Tensor) and v.shape == trained[i].shape else v
+            for k, v in of.items()
+        }
+        for i, of in saved["state"].items()
+    }
+    return {**saved, "state": state}
 
 
 def whole(tree, done: dict[int, Tensor]):

@@ -111,7 +111,8 @@ class LoRA:
         ensemble: boosters stay beside the weights, fp32, as one adapter of growing rank; nothing is rounded.
 
     `lora_modules`: the layers; `boosters`: the merged rounds, {module name: Booster} each; `lengths`: their step
-    lengths; `round` counts rejected ones too. Raises UsageError where no layer matches, naming the Linear ones.
+    lengths, which the scalings include; `round` counts rejected ones too. Raises UsageError where no layer matches,
+    naming the Linear ones.
     """
 
     def __init__(

@@ -155,6 +155,7 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     else:  # zo, of adapters: the flat fp32 master, z, and the moments
         states = 1 + args.zo_queries + {"momentum": 1, "adamw": 2}.get(args.zo_optim, 0)
         optimizer = adapter * states if args.trainer == "zo" else 0.0
+    whole = weights
     if args.sharded:  # a part of all; whole for a while what lies outside the layers, with its gradient where trained
         parts, outside = parallel.expected(), model.parameters - sum(o * i for o, i in model.linear.values())
         frozen = args.mode in ("lora", "xgblora", "prefix")
@@ -167,7 +168,7 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     return Estimate(
         weights, activations(args, model, learned, evaluated, copies, new), adapter, optimizer,
         process=(resident + PROGRAM) * cpu,
-        loading=model.parameters * file if cpu and (packed or file != size or args.sharded) else 0.0,
+        loading=whole - weights + (model.parameters * file if packed or file != size else 0.0) if cpu else 0.0,
         free=psutil.virtual_memory().available + resident if cpu else torch.cuda.mem_get_info(args.device)[0],
     )  # fmt: skip
 

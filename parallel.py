@@ -1,10 +1,11 @@
-"""One run on several devices: torchrun starts a process for each, and only numbers go between them.
+"""One run on several devices: torchrun starts a process for each, and of zeroth order only numbers go between them.
 
     torchrun --nproc_per_node 2 run.py --trainer zo …
 
 z is a function of (seed, step, query, element), so that ranks which know the losses of a step take the same step, bit
-for bit: a few dozen bytes a rank and step go over gloo, whatever the model's size. The batch is drawn as one process
-with the product of the batch sizes would draw it and then divided, so that the number of ranks changes rounding only.
+for bit: a few dozen bytes a rank and step of `zo` go over gloo, whatever the model's size. The batch is drawn as one
+process with the product of the batch sizes would draw it and then divided, so that the number of ranks changes rounding
+only.
 
 The library's own data parallelism is not used: it would wrap the model, shard the data in another order and average
 gradients that do not exist. It is not shown that there are other ranks (`hidden`), and what only one of them may do
@@ -39,8 +40,15 @@ logger = logging.getLogger(__name__)
 DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))  # seconds put before every exchange, to try a slow network
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE")
 WIRE = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and waited
-ALONE = contextlib.nullcontext()
-company: contextlib.AbstractContextManager = ALONE  # around what a rank does by itself; fsdp.py has another
+
+
+class Alone(contextlib.nullcontext):
+    """Around what a rank does by itself; fsdp.py has another."""
+
+    torn = False  # whether an error has left the others waiting
+
+
+company = ALONE = Alone()
 
 
 class PeerLost(RuntimeError):
@@ -90,8 +98,6 @@ def hidden() -> Iterator[None]:
 def start(timeout: float, tensors: bool = False) -> None:
     """Meet the other ranks, where there are any; an exchange of more than `timeout` seconds fails. `tensors`: more than
     numbers will go between GPUs."""
-    global company
-    company = ALONE
     if expected() == 1:
         return
     if "MASTER_ADDR" not in os.environ:
@@ -178,6 +184,8 @@ def together(fn: Callable) -> list:
         except PeerLost:
             raise
         except (Exception, checkpoint.Interrupted) as raised:
+            if company.torn:
+                raise
             error = raised
     everyone = gather_objects([type(error).__name__, str(error)] if error else [None, mine])
     failed = [(number, kind, text) for number, (kind, text) in enumerate(everyone) if kind]
@@ -252,6 +260,8 @@ class Signals(checkpoint.Signals):
             yield
         finally:
             Signals.open = None
+        if company is not ALONE:  # which it could not leave
+            self.check()
 
     @classmethod
     @contextlib.contextmanager

@@ -40,6 +40,7 @@ def check(args) -> None:
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
         ("--fsdp", f"--load_int{args.bits}"): args.fsdp and args.bits,
+        ("--fsdp", "--deepspeed"): args.fsdp and args.deepspeed,
         ("--fsdp", "--save_merged"): args.fsdp and args.save_merged,
         ("--fsdp", "--linear_probing"): args.fsdp and args.linear_probing,
         ("--fsdp", f"--optim {args.optim} (adamw_torch and sgd do)"): args.fsdp

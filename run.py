@@ -124,7 +124,6 @@ def replay(args: OurArguments) -> int:
 
 def explanation(error: Exception) -> str | None:
     """What to tell the person at the terminal; None where only a traceback tells it."""
-    error = parallel.peer_lost(error) if parallel.of_network(error) else error
     if isinstance(error, SAID) or checkpoint.is_full(error):
         return " ".join(str(error).split())
     words = str(error)
@@ -178,7 +177,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint")
         return 130
-    except Exception as error:
+    except Exception as raised:
+        error = parallel.peer_lost(raised) if parallel.of_network(raised) else raised
         said = explanation(error)
         if not said:
             raise

@@ -82,7 +82,7 @@ class OurTrainer(SavingTrainer):
             for p in self.lora_module.parameters() if self.lora_module else ():  # those too that a later round trains
                 p.requires_grad_(True)
             super().create_optimizer(model)
-            self.optimizer.register_load_state_dict_post_hook(fsdp.divide_state)
+            self.optimizer.register_load_state_dict_pre_hook(fsdp.divide_state)
             if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)
         elif self.optimizer is None:

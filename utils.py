@@ -176,8 +176,8 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
 def keep_pages(keep: bool = True) -> None:
     """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
 
-    `bench/step.py --default_malloc` shows what it is worth. Not to `keep` it takes time, and the memory that is held.
-    Does nothing where there is no glibc.
+    `bench/step.py --default_malloc` shows what it is worth. Where it is not to `keep` it, that costs time and saves
+    memory. Does nothing where there is no glibc.
     """
     trim_threshold, mmap_threshold = -1, -3
     try:

@@ -151,6 +151,11 @@ def grid() -> list[Arm]:
             Arm("base", "recipe fast", "--trainer zo --recipe fast", seeds=CONFIRM, task=task),
             Arm("methods", "MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", seeds=CONFIRM, task=task),
         )),
+        # As many passes as the goals speak of, and half of them.
+        *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=CONFIRM, task="SST2", dtype="float32")
+          for name, flags, steps in (
+              ("recipe fast", "--trainer zo --recipe fast", 1500), ("recipe fast", "--trainer zo --recipe fast", 750),
+              ("MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", 1500))),
         Arm("weights", "recipe fast in float32", "--trainer zo --recipe fast", seeds=(0,), task="SST2",
             dtype="float32"),
         Arm("weights", "MeZO-LoRA r 8 at its best in float32", f"{LORA} {sgd} 1e-3", seeds=(0,), task="SST2",
@@ -279,7 +284,9 @@ def table(arms: list[Arm]) -> None:
         print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         for arm, runs in rows:
             mean = {key: fmean(run[key] for run in runs.values()) for key in NUMBERS}
-            cells = [arm.group, arm.name, str(len(runs)), f"{100 * mean['accuracy']:.1f}"]
+            wide = sum(run.get("weights") == "float32" and bool(arm.steps) for run in runs.values())
+            seeds = f"{len(runs)}, {wide} in float32" if wide else f"{len(runs)}"
+            cells = [arm.group, arm.name, seeds, f"{100 * mean['accuracy']:.1f}"]
             cells += [paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""]
             cells += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
             cpu = [run["cpu_seconds"] for run in runs.values() if "cpu_seconds" in run]  # others are busy here too

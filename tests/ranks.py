@@ -45,12 +45,22 @@ def drift(trainer):
         trainer.lora_module.parameters()[0].view(-1)[0] += 1e-3
 
 
+def run_out(trainer):
+    """Of memory, in the middle of a forward."""
+
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 1 GiB")
+
+    trainer.model.model.layers[0].mlp.forward = forward
+
+
 # name -> (the method and its call on rank 1 before which it happens, what happens)
 MISHAPS = {
     "signal": ("training_step", 5, lambda trainer: stop_self()),
     "signal in an evaluation": ("evaluate", 2, lambda trainer: stop_self()),
     "death": ("training_step", 6, lambda trainer: die()),
     "silence": ("training_step", 6, lambda trainer: fall_silent()),
+    "out of memory in an evaluation": ("evaluate", 2, run_out),
     "drift": ("_save_checkpoint", 2, drift),
 }
 

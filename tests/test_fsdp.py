@@ -24,6 +24,7 @@ SAME = {
     "half": f"{BOOST} --load_bfloat16 --optim sgd --learning_rate 1e-1",
     "prefix": f"{REGULAR} --prefix_tuning --max_steps 4 --learning_rate 1e-2",
     "answered": f"{OWN} --trainer regular --num_train 6 --max_steps 2 --save_model",
+    "alone": f"{OWN} --trainer regular --num_train 6 --max_steps 1 --num_eval 1 --save_model",
 }
 FILES = {"lora": "adapter_model", "boost": "boosters", "half": "boosters", "prefix": "adapter_model"}
 
@@ -35,6 +36,7 @@ def two(place):  # noqa: F811
     plan = {name: (f"{more} --fsdp full_shard", None) for name, more in SAME.items()}
     plan["grown"] = (f"{SAME['full']} --fsdp", None)  # goes on from 2 steps of one process
     plan["shrunk"] = (f"{SAME['full']} --fsdp", "signal")
+    plan["evaluating"] = (f"{SAME['full']} --fsdp", "signal in an evaluation")
     lines = [(flags(place, name, more), mishap) for name, (more, mishap) in plan.items()]
     said = finish(launch("fsdp.json", lines, "--nproc_per_node", "2", "--master_port", free_port()))
     try:
@@ -70,18 +72,25 @@ def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):  # noqa
     assert [x["prediction"] for x in said[0]] == [x["prediction"] for x in said[1]] or name == "half"
 
 
-def test_a_rank_that_dies_while_the_others_wait_for_its_weights(place):  # noqa: F811
-    dies = [(flags(place, "lost", f"{SAME['full']} --fsdp"), "death")]
-    said = finish(launch("dies.json", dies, "--nproc_per_node", "2", "--master_port", free_port()))
+@pytest.mark.parametrize(
+    "mishap, words, saved",
+    [("death", "another rank died", [2, 4]), ("out of memory in an evaluation", "rank 1: error: out of memory", [2])],
+)
+def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):  # noqa: F811
+    name = mishap.split()[0]
+    plan = [(flags(place, name, f"{SAME['full']} --fsdp"), mishap)]
+    said = finish(launch(f"{name}.json", plan, "--nproc_per_node", "2", "--master_port", free_port()))
     lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
-    assert len(lines) == 1 and "another rank died" in lines[0], said
-    assert [path.name for path in checkpoint.completed("lost")] == ["checkpoint-2", "checkpoint-4"]
+    assert any(words in line for line in lines) and "Traceback" not in said.split("torch/distributed/elastic")[0], said
+    assert [path.name for path in checkpoint.completed(name)] == [f"checkpoint-{n}" for n in saved]
 
 
 def test_one_process_and_two_ranks_go_on_from_each_other(place, two):  # noqa: F811
-    assert [status for status, _ in two["grown"] + two["shrunk"]] == [0, 0, *[checkpoint.REQUEUE] * 2]
+    statuses = [status for name in ("grown", "shrunk", "evaluating") for status, _ in two[name]]
+    assert statuses == [0, 0, *[checkpoint.REQUEUE] * 4]
     assert "going on from grown/checkpoint-2" in two["grown"][0][1]
-    alone(place, "shrunk", f"{SAME['full']} {ONE}")
-    for name in ("grown", "shrunk"):
+    for name in ("shrunk", "evaluating"):
+        alone(place, name, f"{SAME['full']} {ONE}")
+    for name in ("grown", "shrunk", "evaluating"):
         ours = load_file(f"{name}/model.safetensors")
         assert all((ours[key] - value).abs().max() < 1e-4 for key, value in weights("full").items())
