@@ -168,7 +168,7 @@ def gather_objects(value) -> list:
     everyone = [torch.empty_like(mine) for _ in lengths]
     with lost():
         dist.all_gather(everyone, mine)
-    return [json.loads(bytes(one.tolist())) for one in everyone]
+    return [json.loads(one.numpy().tobytes()) for one in everyone]
 
 
 def together(fn: Callable) -> list:

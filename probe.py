@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 import scoring
+import shares
 from utils import UsageError
 
 
@@ -59,5 +60,5 @@ def states(
         if len(ends) > 1:  # a tokenizer that merges across the seam: what all options share
             ends = {tuple(x.encodings[0][: min(scoring.common(x.encodings[0], ids) for ids in x.encodings[1:])])}
         prompts.append(scoring.Example([[*ends.pop(), 0]], [1]))
-    found = scoring.score(model, prompts, plain=plain, progress=progress, read=scoring.option_states)
+    found = shares.score(model, prompts, plain=plain, progress=progress, read=scoring.option_states)
     return np.array([state for (state,) in found], dtype=np.float32)

@@ -176,10 +176,10 @@ def divided(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequ
     return [found[i] for i in range(len(keys))]
 
 
-def score(model, examples: Sequence[Example], plain: bool = False, progress: bool = False) -> list[list[float]]:
+def score(model, examples: Sequence[Example], plain: bool = False, progress: bool = False, read=None) -> list[list]:
     """`scoring.score`, divided among the ranks."""
     return divided(
         [x.encodings[0] for x in examples],
         [tokens(x) for x in examples],
-        lambda some: scoring.score(model, [examples[i] for i in some], plain=plain, progress=progress),
+        lambda some: scoring.score(model, [examples[i] for i in some], plain=plain, progress=progress, read=read),
     )

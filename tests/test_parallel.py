@@ -41,6 +41,7 @@ SAME = {
     "objective": (f"{ZO} --lora --objective accuracy --max_steps 4", ""),
     "regular": (f"{ZO.replace('zo', 'regular')} --lora --max_steps 6 --gradient_accumulation_steps 2", ""),
 }
+PROBE = "--linear_probing --num_train 16 --train_set_seed 0"
 SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
 ONE = "--per_device_train_batch_size 8"
 
@@ -98,6 +99,7 @@ def launched(place):
     plan = {name: (more, None) for name, (more, _) in SAME.items()}
     plan["evaluated"] = (SHOTS, None)
     plan["answered"] = (OWN, None)
+    plan["probed"] = (PROBE, None)
     plan["grown"] = (BOOST, None)  # goes on from 9 steps of one process
     plan["calm"] = (f"{SHORT} --save_steps 2", None)
     plan["nan"] = (SHORT, "nan")
@@ -194,7 +196,7 @@ def test_only_rank_0_writes(two):
 
 
 def test_an_evaluation_is_divided_and_put_together_in_order(place, two):
-    for name, more in {"evaluated": SHOTS, "answered": OWN}.items():
+    for name, more in {"evaluated": SHOTS, "answered": OWN, "probed": PROBE}.items():
         assert [status for status, _ in two[name]] == [0, 0]
         alone(place, f"{name}-1", more)
         ours, theirs = (list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1"))
