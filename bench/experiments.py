@@ -155,7 +155,9 @@ def grid() -> list[Arm]:
         *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=CONFIRM, task="SST2", dtype="float32")
           for name, flags, steps in (
               ("recipe fast", "--trainer zo --recipe fast", 1500), ("recipe fast", "--trainer zo --recipe fast", 750),
-              ("MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", 1500))),
+              ("MeZO-LoRA r 8 at its best", f"{LORA} {sgd} 1e-3", 1500),
+              ("MeZO-LoRA r 8, falling rate", f"{LORA} {sgd} 1e-3 --lr_scheduler_type linear", 1500),
+              ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4", 1500))),
         Arm("weights", "recipe fast in float32", "--trainer zo --recipe fast", seeds=(0,), task="SST2",
             dtype="float32"),
         Arm("weights", "MeZO-LoRA r 8 at its best in float32", f"{LORA} {sgd} 1e-3", seeds=(0,), task="SST2",
