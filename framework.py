@@ -285,16 +285,16 @@ class Framework:
 
     def shard(self) -> None:
         """`--fsdp`: from here on a rank has a part of each weight, on its device; no way leads back."""
-        model, lora, prefix, device = self.model, self.lora_module, scoring.trained_prefix(self.model), self.args.device
+        model, lora, front, device = self.model, self.lora_module, scoring.trained_prefix(self.model), self.args.device
         weights = parallel.fingerprint([*model.parameters()])
         parallel.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
         if lora:
             lora.replaced.clear()  # the whole weights
             for module in lora.lora_modules:
                 module.chain = module.chain and tuple(part.to(device) for part in module.chain)
-        if prefix:
-            prefix.places = [device] * len(prefix.places)
-        adapter = lora or prefix
+        if front:
+            front.places = [device] * len(front.places)
+        adapter = lora or front
         fsdp.shard(model, adapter.parameters() if adapter else (), device)
         self.choose_rows(model)
 

@@ -83,7 +83,7 @@ def divide(model: nn.Module, state: dict, prefix: str, *_) -> None:
 
 def divide_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
     """A hook before `load_state_dict` of an optimizer, which would put whole tensors on the device."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = parallel.trained(optimizer)
     state = {
         i: {
             k: piece(v, trained[i]) if isinstance(v, Tensor) and v.shape == trained[i].shape else v

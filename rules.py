@@ -16,7 +16,6 @@ from utils import UsageError
 def check(args) -> None:
     """Raise UsageError for choices that exclude each other or lie out of range."""
     trains, zo, lora = args.trainer != "none", args.trainer == "zo", args.lora or args.xgblora
-    regular = args.trainer == "regular"
     adapters = lora or args.prefix_tuning
     conflicts = {
         ("--xgblora", "--prefix_tuning"): args.xgblora and args.prefix_tuning,
@@ -120,7 +119,8 @@ def check(args) -> None:
         and args.zo_queries < ranks,
         f"--fsdp {args.fsdp}: there is full_shard, with or without auto_wrap": args.fsdp
         and not {*str(args.fsdp).lower().split()} <= fsdp.WORDS,
-        "--fsdp needs --trainer regular (a model that outgrows a device: --device_map)": args.fsdp and not regular,
+        "--fsdp needs --trainer regular (a model that outgrows a device: --device_map)": args.fsdp
+        and args.trainer != "regular",
         "--fsdp divides the weights among ranks: start with torchrun": args.fsdp and ranks == 1,
         "--device_map runs in one process: under torchrun each rank has one device": args.device_map and ranks > 1,
         "--offload_folder needs --device_map": args.offload_folder and not args.device_map,

@@ -65,7 +65,8 @@ class Share:
         elif self.divides:
             rows = [batch[i] for i in balanced([self.size(x) for x in batch], ranks)[parallel.rank()]]
         about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(self.size, rows))}
-        rows = rows or list(batch[: self.in_step])  # its part is 0
+        if self.in_step and not rows:
+            rows = batch[:1]  # its part is 0
         return {**self.pack(rows), **about} if rows else about
 
 

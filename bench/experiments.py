@@ -5,11 +5,11 @@
     python bench/experiments.py plot                                          # every picture
     python bench/experiments.py list                                          # the runs to come, with their commands
 
-SmolLM2-135M of the starter, bfloat16 weights, 1,000 training rows; a seed drives directions, A, order and training set.
-Settings are chosen on dev rows of Reviews: the last 500 of its training split, put into a folder of their own in the
-place of the validation rows. Accuracy is that of the last step; beside it AUC and the accuracy at the best threshold,
-because a shift of the label bias alone gains much. One process a core with one thread each. Each JSON holds the command
-that repeats it (the dev rows are made by `run`).
+SmolLM2-135M of the starter, bfloat16 weights where `--dtype` says nothing else, 1,000 training rows; a seed drives
+directions, A, order and training set. Settings are chosen on dev rows of Reviews: the last 500 of its training split,
+put into a folder of their own in the place of the validation rows. Accuracy is that of the last step; beside it AUC and
+the accuracy at the best threshold, because a shift of the label bias alone gains much. One process a core with one
+thread each. Each JSON holds the command that repeats it (the dev rows are made by `run`).
 """
 
 import argparse
@@ -352,6 +352,7 @@ def main() -> None:
     args = parser.parse_args()
     arms = [a for a in grid() if (not args.groups or a.group in args.groups) and args.only in a.name]
     arms = [a for a in arms if not args.tasks or a.task in args.tasks]
+    arms = [replace(a, seeds=tuple(s for s in a.seeds if not args.seeds or s in args.seeds)) for a in arms]
     if args.what == "table":
         return table(arms)
     if args.what == "plot":
@@ -363,7 +364,6 @@ def main() -> None:
         plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
         return plot_costs(dev, OUT / "costs.png")
     jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
-    jobs = [(arm, seed) for arm, seed in jobs if not args.seeds or seed in args.seeds]
     if args.what == "list":
         for arm, seed in jobs:
             print(f"python run.py {arm.command} --seed {seed}")

@@ -1,4 +1,4 @@
-"""Started by torchrun in test_parallel.py: `run.main` for each line of a plan, with the mishap that it names.
+"""Started by torchrun in the tests of ranks: `run.main` for each line of a plan, with the mishap that it names.
 
 The exit statuses, and what was said, are written beside the plan: <plan>-<rank>.json; the names of what else was
 written: <plan>-<rank>-written.
