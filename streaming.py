@@ -9,6 +9,8 @@ point, until it meets the batch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +26,49 @@ VIEWS = {"T", "mT", "data", "H", "mH"}
 MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
+@dataclass
+class Slot:
+    """One trained tensor; its elements are in z from `offset` on. With a master, one for all parameters of a group."""
+
+    param: Tensor
+    offset: int
+    group: int
+    decayed: float = 0.0  # weight decay λ
+    block: int = 0  # elements of a block; 0: `directions.BLOCK`
+    parts: list[Tensor] = field(default_factory=list)  # with a master: the parameters that it holds
+    z: dict[int, Tensor] = field(default_factory=dict)  # with a master: of the queries of this step
+
+    @property
+    def matrix(self) -> Tensor:
+        """The tensor with rows along its first axis."""
+        return self.param if self.param.dim() else self.param.view(1)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.matrix[0].numel()
+
+    @property
+    def shown_on(self) -> torch.device:
+        """Where what a master holds is wanted: one transfer brings it all there."""
+        return self.parts[0].device if self.parts else self.param.device
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A flat [n], or [copies, n], as views in the shapes of the parameters that a master holds."""
+        pieces = flat.split([p.numel() for p in self.parts], dim=-1)
+        return [piece.view(*flat.shape[:-1], *p.shape) for piece, p in zip(pieces, self.parts, strict=True)]
+
+    def write(self, flat: Tensor) -> None:
+        for p, values in zip(self.parts, self.split(flat.to(self.shown_on)), strict=True):
+            p.copy_(values)
+
+    def blocks(self) -> list[range]:
+        """The rows of the tensor in blocks of about `block` elements."""
+        step = max(1, (self.block or directions.BLOCK) // self.width)
+        n = len(self.matrix)
+        return [range(first, min(first + step, n)) for first in range(0, n, step)]
+
+
 def widened(values: Tensor) -> Tensor:
     """In single precision where it is half precision, else itself."""
     return values.float() if values.element_size() < 4 else values
@@ -36,13 +81,13 @@ class NoCopies(RuntimeError):
 class Streamed(TorchFunctionMode):
     """Show the parameters of `slots` as θ + scale·z_query to what runs inside, for each (query, scale) of `points`.
 
-    `direction(slot, query, rows)` gives rows of z, fp32 in the shape of the parameter.
+    `shown(slot, rows, points=points)` gives rows of it at each point, in the parameter's dtype.
     """
 
-    def __init__(self, slots, points: list[tuple[int, float]], direction: Callable):
+    def __init__(self, slots, points: list[tuple[int, float]], shown: Callable):
         super().__init__()
         self.slots = {id(slot.param): slot for slot in slots}
-        self.points, self.direction = points, direction
+        self.points, self.shown = points, partial(shown, points=points)
         self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (it, W)
         self.made: dict[int, list[Tensor]] = {}  # id of what was made of parameters alone -> it at each point
         self.sizes: set[int] = set()  # tokens of whole batches, all copies
@@ -80,14 +125,6 @@ class Streamed(TorchFunctionMode):
         if name in ("__get__", "__set__"):
             return (resolve_name(func) or "").split(".")[-2] not in VIEWS
         return name in LOOKS
-
-    def shown(self, slot, rows) -> list[Tensor]:
-        """Rows of θ + scale·z at each point, in the parameter's dtype; z of a query is generated once."""
-        matrix, z = slot.matrix, {}
-        values = widened(matrix[rows.start : rows.stop] if isinstance(rows, range) else matrix[rows])
-        for query, _ in self.points:
-            z[query] = self.direction(slot, query, rows) if query not in z else z[query]
-        return [(z[q].to(values.dtype) * scale).add_(values).to(slot.param.dtype) for q, scale in self.points]
 
     def all_of(self, a: Tensor) -> list[Tensor]:
         """A small parameter, or what was made of some, whole, at each point."""

@@ -3,6 +3,8 @@ weights went along it, so that `run.py --replay FILE` rebuilds them without data
 """
 
 import json
+import math
+import struct
 from pathlib import Path
 
 import torch
@@ -45,3 +47,11 @@ class Trajectory:
             return cls(tensors["coefficients"], tensors.get("rates", ()), about)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a trajectory: {error}") from error
+
+
+def fp32(value: float) -> float:
+    """The nearest single-precision number."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

@@ -26,17 +26,16 @@ and methods.py has low-rank directions for full weights (LOZO), on the same seam
 
 import logging
 import math
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import directions
-from streaming import NoCopies, Streamed, widened
-from trajectory import Trajectory
+from noise import Noise, fuses
+from streaming import NoCopies, Slot, Streamed, widened
+from trajectory import Trajectory, fp32
 
 logger = logging.getLogger(__name__)
 
@@ -46,59 +45,6 @@ DECAY = 0.98  # of the running mean square of the projected gradient
 
 class NonFiniteLoss(FloatingPointError):
     """The loss was NaN or infinite for PATIENCE steps in a row."""
-
-
-@dataclass
-class Slot:
-    """One trained tensor; its elements are in z from `offset` on. With a master, one for all parameters of a group."""
-
-    param: Tensor
-    offset: int
-    group: int
-    decayed: float = 0.0  # weight decay λ
-    parts: list[Tensor] = field(default_factory=list)  # with a master: the parameters that it holds
-    z: dict[int, Tensor] = field(default_factory=dict)  # with a master: of the queries of this step
-
-    @property
-    def matrix(self) -> Tensor:
-        """The tensor with rows along its first axis."""
-        return self.param if self.param.dim() else self.param.view(1)
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        return self.matrix[0].numel()
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat [n] as views in the shapes of the parameters that a master holds."""
-        pieces = flat.split([p.numel() for p in self.parts])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.parts, strict=True)]
-
-    def write(self, flat: Tensor) -> None:
-        for p, values in zip(self.parts, self.split(flat), strict=True):
-            p.copy_(values)
-
-    def blocks(self) -> list[range]:
-        """The rows of the tensor in blocks of about `directions.BLOCK` elements."""
-        step = max(1, directions.BLOCK // self.width)
-        n = len(self.matrix)
-        return [range(first, min(first + step, n)) for first in range(0, n, step)]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The source of directions: elements of variance 1 by (seed, counter), see directions.py."""
-
-    seed: int
-    distribution: str = "gaussian"
-
-    def rows(self, counter: tuple, offset: int, width: int, rows: range | Tensor, device) -> Tensor:
-        """[len(rows), width] fp32: rows of a matrix whose first element is number `offset` of a direction."""
-        counter = (self.seed, *counter)
-        if isinstance(rows, range):
-            start, count = offset + rows.start * width, len(rows) * width
-            return directions.stretch(self.distribution, counter, start, count, device).view(len(rows), width)
-        return directions.rows(self.distribution, counter, offset, width, rows)
 
 
 class Method:
@@ -173,6 +119,8 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError("a parameter to train has no storage (it is on the meta device, offloaded)")
         self.eps, self.clip, self.normalize, self.master, self.spread = eps, clip, normalize, bool(master), spread
         self.method, self.noise = method or Method(queries), Noise(seed, distribution)
+        kind = type(self.method)
+        self.plain = (kind.direction, kind.update) == (Method.direction, Method.update)  # what a kernel can do
         self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0, "zero": 0}
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
@@ -194,6 +142,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 for p in group["params"]:
                     slots.append(Slot(p, offset, index, group["weight_decay"]))
                     offset += p.numel()
+        for slot in slots:  # a GPU is waiting for launches, not for elements
+            slot.block = min(1 << 24, max(directions.BLOCK, offset // 100)) if slot.param.is_cuda else 0
         return slots
 
     @torch.no_grad()
@@ -239,6 +189,24 @@ class ZerothOrder(torch.optim.Optimizer):
             slot.z[query] = self.method.direction(self.noise, slot, step, query, whole, "cpu").view(-1)
         return slot.z[query]
 
+    def by_kernel(self, slot: Slot) -> bool:
+        """Whether one kernel makes z of a tensor and does what is done with it."""
+        p = slot.param
+        return self.plain and fuses(p.device) and p.is_contiguous() and p.dtype != torch.float64
+
+    def shown(self, slot: Slot, rows: range | Tensor, points: list[tuple[int, float]]) -> list[Tensor]:
+        """Rows of θ + scale·z_query of a tensor at each (query, scale), in its dtype; z of a query is made once."""
+        values = slot.matrix[rows.start : rows.stop] if isinstance(rows, range) else slot.matrix[rows]
+        queries = dict.fromkeys(query for query, _ in points)
+        if isinstance(rows, range) and self.by_kernel(slot):
+            start, of = slot.offset + rows.start * slot.width, {}
+            for query in queries:
+                scales = [scale for other, scale in points if other == query]
+                of[query] = iter(self.noise.shown((self.scalars["step"], query), start, values, scales))
+            return [next(of[query]) for query, _ in points]
+        zs, wide = {query: self.direction(slot, query, rows) for query in queries}, widened(values)
+        return [(zs[query].to(wide.dtype) * scale).add_(wide).to(values.dtype) for query, scale in points]
+
     # ---- a step ----
 
     def estimate(self, closure: Callable, weight: float = 1.0, copies: int = 1) -> float:
@@ -276,7 +244,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def _ask(self, ask: Callable, group: list[tuple[int, float]], batched: bool):
         """The loss at a point, or the losses of a group of points, [copies]."""
         if not self.master:
-            with Streamed(self.slots, group, self.direction) as streamed:
+            with Streamed(self.slots, group, self.shown) as streamed:
                 losses = ask()
             if streamed.largest > self.whole:
                 self.whole = streamed.largest
@@ -291,8 +259,8 @@ class ZerothOrder(torch.optim.Optimizer):
             return ask()
         deltas = []
         for slot in self.slots:
-            of_points = [slot.split(self.direction(slot, query, range(0)) * scale) for query, scale in group]
-            deltas += [torch.stack(pieces) for pieces in zip(*of_points, strict=True)]
+            of_points = torch.stack([self.direction(slot, query, range(0)) * scale for query, scale in group])
+            deltas += slot.split(of_points.to(slot.shown_on))
         try:
             self.spread(deltas)
             return ask()
@@ -368,15 +336,20 @@ class ZerothOrder(torch.optim.Optimizer):
         self.method.update(slot.param, zs)
 
     def _update_streamed(self, slot: Slot, queries: list[tuple[float, int]], rate: float) -> None:
+        step, kernel = self.scalars["step"], len(queries) == 1 and self.by_kernel(slot)
         for rows in slot.blocks():
-            block = slot.matrix[rows.start : rows.stop]
+            block, start = slot.matrix[rows.start : rows.stop], slot.offset + rows.start * slot.width
+            keep = fp32(1 - rate * slot.decayed) if slot.decayed else 1.0
+            if kernel and block.dtype != torch.float16:
+                ((coefficient, query),) = queries
+                self.noise.update((step, query), start, block, coefficient, keep, (step, "rounding"))
+                continue
             values = widened(block)
             if slot.decayed:
-                values.mul_(fp32(1 - rate * slot.decayed))
+                values.mul_(keep)
             self.method.update(values, [(c, self.direction(slot, query, rows)) for c, query in queries])
             if values is not block:
-                counter = (self.noise.seed, self.scalars["step"], "rounding")
-                start = slot.offset + rows.start * slot.width
+                counter = (self.noise.seed, step, "rounding")
                 rounded = directions.stochastic_round(values.flatten(), slot.param.dtype, counter, start)
                 block.copy_(rounded.view(block.shape))
 
@@ -409,11 +382,3 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.inner:
             self.inner.load_state_dict(state_dict["inner"])
         self.restore()
-
-
-def fp32(value: float) -> float:
-    """The nearest single-precision number."""
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)

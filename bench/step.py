@@ -7,8 +7,9 @@ The floor is two bare forwards of the batch as the step packs it. `plain` is wha
 savings: one padded row per candidate, logits of every position, a `torch.normal` per tensor, four passes over the
 weights. `upper-B` trains boosters in the upper half of the layers, so that the lower half runs once for both signs, and
 `upper-B-cached` with a warm cache not at all. A full-parameter step is also set against its own bound: the floor, three
-bare sweeps over the weights (θ ← θ + 0 in place) and, gaussian, two generations of z timed alone. `opt-125m` stands for
-a random model of that geometry, to be used with a tokenizer directory (`--tokenizer`).
+bare sweeps over the weights (θ ← θ + 0 in place) and, gaussian, two generations of z timed alone. `opt-125m` to
+`opt-6.7b` stand for random models of that geometry, to be used with a tokenizer directory (`--tokenizer`). On a GPU
+everything runs there, and the memory is `max_memory_allocated`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import run  # noqa: E402
 import scoring  # noqa: E402
 import utils  # noqa: E402
 from lora import LoRA  # noqa: E402
+from noise import Noise  # noqa: E402
 from trainer import copies  # noqa: E402
 from zo import ZerothOrder  # noqa: E402
 
@@ -40,12 +42,24 @@ KINDS += ("plain-lora", "plain-full")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
-def random_opt_125m(tokenizer: str, path: Path) -> Path:
-    """A model directory of OPT-125m's geometry with random weights and the given tokenizer."""
+GEOMETRY = {
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-6.7b": (4096, 32, 32),
+}  # width, layers, heads (arXiv 2205.01068, table 1)
+
+
+def random_opt(size: str, tokenizer: str, path: Path, device) -> Path:
+    """A model directory of that geometry with random weights and the given tokenizer."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
+    width, layers, heads = GEOMETRY[size]
+    shape = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    shape |= {"num_hidden_layers": layers, "num_attention_heads": heads}
     torch.manual_seed(0)
-    OPTForCausalLM(OPTConfig()).save_pretrained(path)
+    with torch.device(device):
+        model = OPTForCausalLM(OPTConfig(**shape)).to(torch.float32 if size == "opt-125m" else torch.bfloat16)
+    model.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
     return path
 
@@ -54,9 +68,9 @@ def plain_loss(model, examples) -> torch.Tensor:
     """One padded row per candidate, logits of every position, cross-entropy over the candidates."""
     rows = [ids for x in examples for ids in x.encodings]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1).cpu()
     means, row = [], 0
     for x in examples:
         for option, n in zip(x.encodings, x.option_lens, strict=True):
@@ -71,7 +85,7 @@ def plain_step(model, params, loss, lr=0.0, eps=1e-3) -> None:
     def sweep(scale):
         torch.manual_seed(0)
         for p in params:
-            p.data = p.data + torch.normal(0, 1, size=p.shape, dtype=p.dtype) * scale
+            p.data = p.data + torch.normal(0, 1, size=p.shape, dtype=p.dtype, device=p.device) * scale
 
     with torch.inference_mode(False), torch.no_grad():
         sweep(eps)
@@ -116,7 +130,8 @@ def side(kind: str, args, dtype: str):
 
         def step(batch, examples):
             wish = "on" if kind == "lora-copies" else "auto"
-            n, forward = copies(batch["input_ids"].numel(), 2, True, engine.master, wish), contextlib.nullcontext()
+            tokens, cpu = batch["input_ids"].numel(), framework.args.device.type == "cpu"
+            n, forward = copies(tokens, 2, cpu, engine.master, wish), contextlib.nullcontext()
             if kind.startswith("upper"):
                 layers, first = framework.lora_module.lowest
                 if kind == "upper-B":
@@ -134,16 +149,30 @@ def side(kind: str, args, dtype: str):
 def sweeps(model) -> tuple[float, float]:
     """(seconds of a bare sweep over the weights, of one generation of z for all of them)."""
     params = list(model.parameters())
-    with torch.no_grad():
-        start = time.perf_counter()
+
+    def sweep():
         for p in params:
             p.add_(0.0)
-        swept = time.perf_counter() - start
-        start = time.perf_counter()
+
+    block = 1 << 24 if model.device.type == "cuda" else directions.BLOCK
+
+    def generate():
         for p in params:
-            for first in range(0, p.numel(), directions.BLOCK):
-                directions.stretch("gaussian", (0, 0, 0), first, min(directions.BLOCK, p.numel() - first))
-    return swept, time.perf_counter() - start
+            for first in range(0, p.numel(), block):
+                Noise(0).rows((0, 0), first, 1, range(min(block, p.numel() - first)), p.device)
+
+    with torch.no_grad():
+        return timed(sweep, model.device), timed(generate, model.device)
+
+
+def timed(work, device) -> float:
+    """Seconds of `work()`, with what it left running on a GPU."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else bool
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
 
 
 def peak(args, dtype: str, kind: str) -> float:
@@ -156,7 +185,7 @@ def peak(args, dtype: str, kind: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name", default=str(ROOT / "starter/smollm2-135m"))
-    parser.add_argument("--tokenizer", help="tokenizer directory for --model_name opt-125m")
+    parser.add_argument("--tokenizer", help="tokenizer directory for --model_name opt-…")
     parser.add_argument("--data_dir", default=str(ROOT / "starter"))
     parser.add_argument("--task_name", default="Reviews")
     parser.add_argument("--batch", type=int, default=16)
@@ -169,13 +198,20 @@ def main() -> None:
     args = parser.parse_args()
     if not args.default_malloc:
         utils.keep_pages()
-    if args.model_name == "opt-125m":
-        args.model_name = str(random_opt_125m(args.tokenizer, ROOT / "result" / "opt-125m"))
+    if args.model_name in GEOMETRY:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = ROOT / "result" / args.model_name
+        args.model_name = str(random_opt(args.model_name, args.tokenizer, path, device))
     if args.peak:
         before = utils.peak_memory_mb()
     for dtype in args.dtypes:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
+        device = framework.model.device
+
+        def on_device(batch, device=device):
+            return {name: tensor.to(device) for name, tensor in batch.items()}
+
         examples = framework.prompts.examples(framework.task.sample_subset("train", 0, args.batch * args.steps))
         cached = sides.get("upper-B-cached")
         if cached:
@@ -185,17 +221,16 @@ def main() -> None:
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         if args.peak:
             for group in groups[:3]:
-                sides[args.peak][1](scoring.pack(group), group)
+                sides[args.peak][1](on_device(scoring.pack(group)), group)
             print(utils.peak_memory_mb() - before)
             return
         seconds = {kind: [] for kind in (*args.kinds, "sweep", "z")}
         for i, group in enumerate(groups):
-            batch = scoring.pack(group)
+            batch = on_device(scoring.pack(group))
             for kind, (_, step) in sides.items():
-                start = time.perf_counter()
-                step(batch, group)
+                took = timed(partial(step, batch, group), device)
                 if i:  # the first one warms up
-                    seconds[kind].append(time.perf_counter() - start)
+                    seconds[kind].append(took)
             if i:
                 for name, took in zip(("sweep", "z"), sweeps(framework.model), strict=True):
                     seconds[name].append(took)
