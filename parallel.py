@@ -81,12 +81,18 @@ def leads() -> bool:
 
 
 @contextlib.contextmanager
-def hidden() -> Iterator[None]:
-    """Inside, the environment does not say that there are other ranks; a GPU is chosen by the local rank before."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if expected() > 1 and torch.cuda.device_count() > 1:  # does not start CUDA, which would fix the choice
+def hidden(apart: bool = False) -> Iterator[None]:
+    """Inside, the environment does not say that there are other ranks; a GPU is chosen by the local rank before.
+
+    Raises UsageError where ranks would share one though they have to be `apart`.
+    """
+    local, ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()  # does not start CUDA, which would fix the choice
+    if apart and 0 < gpus < ranks:
+        raise UsageError(f"--fsdp: {ranks} ranks on a machine with {gpus} GPU(s), and each needs one of its own")
+    if expected() > 1 and gpus > 1:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        devices = named.split(",") if named else [str(i) for i in range(gpus)]
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
     kept = {name: os.environ.pop(name) for name in WORLD if name in os.environ}
     try:
