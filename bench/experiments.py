@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -33,156 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from arms import BIAS, OUT, Arm, grid  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from metrics import auc, best_threshold_accuracy  # noqa: E402
 
-OUT = ROOT / "bench" / "experiments"
 WORK = ROOT / "result" / "experiments"
 DEV = WORK / "dev"  # Reviews with dev rows in the place of the validation rows
 DEV_ROWS = 500
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 95 %, by the number of pairs
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Runs of one setting: `flags` of run.py beyond the common ones, for `steps` steps of `batch` rows."""
-
-    group: str
-    name: str
-    flags: str
-    steps: int = 400
-    batch: int = 8
-    seeds: tuple[int, ...] = (0, 1)
-    task: str = "dev"
-    dtype: str = "bfloat16"
-
-    @property
-    def command(self) -> str:
-        places = {"dev": ("result/experiments/dev", "Reviews"), "SST2": ("$DATA_DIR", "SST2")}
-        where = places.get(self.task, ("starter", self.task))
-        words = f"--model_name starter/smollm2-135m --data_dir {where[0]} --task_name {where[1]}"
-        words += f" --load_{self.dtype}" if self.dtype != "float32" else ""
-        if self.steps:
-            words += f" --num_train 1000 --train_as_classification --max_steps {self.steps} --zo_batched on"
-            words += f" --per_device_train_batch_size {self.batch} --save_strategy no"
-        return f"{words} {self.flags}"
-
-    def path(self, seed: int) -> Path:
-        slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name)
-        return OUT / self.task / f"{slug}-{self.steps}x{self.batch}-seed{seed}.json"
-
-
-CONFIRM = (0, 1, 2, 3, 4)  # seeds of what claims rest on
-CONFIRMED = ("Tweets", "SST2", "Products", "Editorials")
-BIAS = "bias"  # no run of run.py: see `label_bias`
-LORA = "--trainer zo --lora"
-BOOST = "--trainer zo --xgblora"
-B_ONLY = "--lora_freeze_a --zo_normalize --learning_rate {rate} --zo_eps {eps}"
-
-
-def base(rate=5e-3, eps=3e-2, rounds=25) -> str:
-    return f"{BOOST} {B_ONLY.format(rate=rate, eps=eps)} --xgblora_steps_per_iteration {rounds}"
-
-
-def grid() -> list[Arm]:
-    """Every run, the most telling first."""
-    first, upper = (
-        "--trainer regular --per_device_train_batch_size 16",
-        "--xgblora_layers top:{n} --zo_cache_activations",
-    )
-    no_merge = f"{LORA} --lora_r 1 {B_ONLY.format(rate=5e-3, eps=3e-2)}"
-    sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
-    probing = "--linear_probing --num_train 1000 --train_set_seed {seed}"
-    rank8 = f"{LORA} --lora_alpha 128 --zo_normalize --zo_eps 1e-2 --learning_rate"
-    ar1 = f"{LORA} --lora_alpha 1024 --zo_method ar1-zo --zo_normalize --zo_eps 2e-3 --learning_rate"
-    fzoo = f"{LORA} --lora_alpha 128 --zo_method fzoo --zo_queries 8 --zo_eps 1e-2 --lr_scheduler_type constant"
-    fzoo += " --learning_rate"
-    full = "--trainer zo --zo_eps 1e-3 --lr_scheduler_type constant --learning_rate"
-    dev = [
-        Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,)),
-        Arm("start", "label bias only", BIAS, steps=0),
-        Arm("start", "linear probing", probing, steps=0),
-        Arm("start", "16 demonstrations", "--trainer none --num_train 16 --train_set_seed {seed}", steps=0),
-        Arm("base", "XGBLoRA B only normalised", base()),
-        Arm("base", "LoRA r 1 B only normalised, no merge", no_merge),
-        *(Arm("layers", f"upper {n} of 30", f"{base()} {upper.format(n=n)}") for n in (15, 20, 10, 6)),
-        *(Arm("rounds", f"rounds of {n}", base(rounds=n)) for n in (10, 50, 100)),
-        *(Arm("ε", f"ε {eps:g}", base(eps=eps)) for eps in (1e-2, 1e-1)),
-        *(Arm("rate", f"η {rate:g}", base(rate=rate)) for rate in (3e-3, 8e-3)),
-        Arm("methods", "MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5"),
-        Arm("methods", "MeZO-LoRA r 8, alpha 16, η 1e-3", f"{LORA} {sgd} 1e-3"),
-        Arm("methods", "MeZO-LoRA r 8, alpha 128, normalised", f"{rank8} 5e-4"),
-        *(Arm("methods", f"MeZO-LoRA r 8, alpha 128, normalised, η {rate}", f"{rank8} {rate}")
-          for rate in ("1e-3", "2e-3")),
-        Arm("methods", "MeZO-LoRA r 1, A and B", f"{LORA} --lora_r 1 {sgd} 3e-4"),
-        Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
-            "--zo_eps 1e-3 --lr_scheduler_type constant"),
-        Arm("methods", "XGBLoRA, A and B, rounds of 100", f"{BOOST} --xgblora_steps_per_iteration 100 {sgd} 3e-4"),
-        *(Arm("methods", f"AR1-ZO r 8{name}", f"{ar1} {rate}") for name, rate in
-          (("", "2e-4"), (", η 5e-4", "5e-4"), (", η 1e-3", "1e-3"))),
-        *(Arm("methods", f"FZOO on LoRA r 8, alpha 128, 8 queries{name}", f"{fzoo} {rate}", steps=89) for name, rate in
-          (("", "1e-4"), (", η 3e-5", "3e-5"), (", η 1e-5", "1e-5"))),
-        Arm("methods", "first-order LoRA r 8", f"{first} --lora --learning_rate 1e-3", steps=200, batch=16, seeds=(0,)),
-        Arm("methods", "first-order XGBLoRA",
-            f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3", 200, 16, (0,)),
-        Arm("schedule", "constant rate", f"{base(rate=3e-3)} --lr_scheduler_type constant"),
-        Arm("schedule", "rate per round", f"{base()} --xgblora_restart_lr"),
-        Arm("A", "A held for 10 of 25 steps",
-            f"{BOOST} --zo_normalize --xgblora_a_warmup 10 --xgblora_steps_per_iteration 25 --learning_rate 1.5e-3 "
-            "--zo_eps 1e-2"),
-        Arm("A", "A and B normalised, rounds of 100",
-            f"{BOOST} --zo_normalize --xgblora_steps_per_iteration 100 --learning_rate 1e-3 --zo_eps 1e-2"),
-        Arm("batch", "batch 4", base(rate=4e-3), steps=800, batch=4),
-        Arm("batch", "batch 16", base(rate=7e-3), steps=200, batch=16),
-        Arm("queries", "4 queries", f"{base(rate=1e-2)} --zo_queries 4", steps=100),
-        Arm("layers", "random 15 of 30", f"{base()} --xgblora_layers random:15"),
-        Arm("directions", "Rademacher", f"{base()} --zo_distribution rademacher"),
-        Arm("directions", "normaliser off", f"{BOOST} --lora_freeze_a --xgblora_steps_per_iteration 25 {sgd} 1e-3"),
-        Arm("targets", "v and o", f"{base()} --lora_targets v_proj,o_proj"),
-        Arm("targets", "all linear", f"{base(rate=2e-3)} --lora_targets "
-            "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-        Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
-        Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
-        *(Arm("full", f"{name}, η {rate}", f"{full} {rate}{method}", dtype="float32")
-          for rate in ("1e-5", "3e-6", "3e-5")
-          for name, method in (("LOZO r 2, full weights", " --zo_method lozo"), ("MeZO full", ""))),
-    ]  # fmt: skip
-    recipe, best8 = "--trainer zo --recipe fast", f"{LORA} {sgd} 1e-3"
-    # Confirmation: what was chosen on the dev rows, fixed before any of these tasks was run.
-    return [
-        *dev,
-        *(arm for task in CONFIRMED for arm in (
-            Arm("start", "zero-shot", "--trainer none", steps=0, seeds=(0,), task=task),
-            Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
-            Arm("start", "linear probing", probing, steps=0, task=task),
-            Arm("base", "recipe fast", recipe, seeds=CONFIRM, task=task),
-            Arm("methods", "MeZO-LoRA r 8 at its best", best8, seeds=CONFIRM, task=task),
-            *(replace(best(dev, name), group="methods", name=f"{name} at its best", seeds=CONFIRM, task=task)
-              for name in ("AR1-ZO r 8", "FZOO on LoRA r 8, alpha 128, 8 queries", "LOZO r 2, full weights")),
-            Arm("methods", "first-order LoRA r 8", f"{first} --lora --learning_rate 1e-3", 200, 16, task=task),
-        )),
-        # As many passes as the goals speak of, and half of them.
-        *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=CONFIRM, task=task, dtype="float32")
-          for task in CONFIRMED for name, flags, steps in (
-              ("recipe fast", recipe, 750),
-              ("MeZO-LoRA r 8, falling rate", f"{best8} --lr_scheduler_type linear", 1500),
-              ("MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5", 1500), ("recipe fast", recipe, 1500))),
-        *(Arm("long", f"{name}, 1500 steps", flags, steps=1500, seeds=(0,), task="SST2", dtype="float32")
-          for name, flags in (("MeZO-LoRA r 8 at its best", best8), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4"))),
-        Arm("weights", "recipe fast in float32", recipe, seeds=(0,), task="SST2", dtype="float32"),
-        Arm("weights", "MeZO-LoRA r 8 at its best in float32", best8, seeds=(0,), task="SST2", dtype="float32"),
-    ]  # fmt: skip
-
-
-def best(arms: list[Arm], name: str) -> Arm:
-    """The arm, of those whose names begin so, that was the most accurate one; the first one before any has run."""
-
-    def accuracy(arm: Arm) -> float:
-        return fmean(json.loads(p.read_text())["accuracy"] for p in map(arm.path, arm.seeds) if p.exists())
-
-    tried = [arm for arm in arms if arm.name.startswith(name)]
-    return max((arm for arm in tried if any(arm.path(s).exists() for s in arm.seeds)), key=accuracy, default=tried[0])
 
 
 def make_dev() -> None:
