@@ -7,6 +7,7 @@ torch's CUDA builds; where it is missing the passes serve.
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,14 +22,26 @@ try:
 except ImportError:
     triton = None
 
+logger = logging.getLogger(__name__)
+
 LANES = 1024  # elements that one program of a kernel makes
 REACH = 2 * directions.SPAN  # elements before a key changes, of the distribution with the fewest to a word
 
 
 @functools.cache
 def fuses(device: torch.device) -> bool:
-    """Whether kernels make the directions there."""
-    return triton is not None and device.type == "cuda"
+    """Whether kernels make the directions there; where they can't on a GPU, the log says why, once."""
+    if device.type != "cuda":
+        return False
+    try:
+        if triton is None:
+            raise RuntimeError("Triton is not installed")
+        Noise(0).shown((), 0, torch.zeros(1, device=device), [1.0])  # it needs a C compiler, say
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning("no kernels on %s (%s): full-parameter steps there take many times as long", device, why[0])
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -59,21 +72,21 @@ class Noise:
         return list(out)
 
     def _show(self, counter: tuple, start: int, values: Tensor, out: Tensor, scales) -> None:
-        first, second = (*scales, 0.0, 0.0)[:2]
+        (first, second), table = (*scales, 0.0, 0.0)[:2], directions.signed_normal_table(values.device)
         for at, n in pieces(start, len(values)):
             _launch(
-                _show_kernel, n, values[at:], out[:, at:], out.stride(0), _table(values.device), n,
+                _show_kernel, n, values[at:], out[:, at:], out.stride(0), table, n,
                 *self._stream(counter, start + at), first, second, SIGNS=self._signs, POINTS=len(scales),
             )  # fmt: skip
 
     def update(self, counter: tuple, start: int, values: Tensor, coefficient: float, keep: float, rounding: tuple):
         """values ← keep · values − coefficient · z in place, fp32 or bfloat16, which is rounded by chance as
         `directions.stochastic_round` does it under the counter `rounding`; by a kernel, on a GPU."""
-        values, chance = values.view(-1), Noise(self.seed)
+        values, chance, table = values.view(-1), Noise(self.seed), directions.signed_normal_table(values.device)
         for at, n in pieces(start, len(values)):
             _launch(
-                _update_kernel, n, values[at:], _table(values.device), n, *self._stream(counter, start + at),
-                coefficient, keep, *chance._stream(rounding, start + at), SIGNS=self._signs,
+                _update_kernel, n, values[at:], table, n, *self._stream(counter, start + at), coefficient, keep,
+                *chance._stream(rounding, start + at), SIGNS=self._signs,
                 ROUND=values.dtype == torch.bfloat16,
             )  # fmt: skip
 
@@ -100,13 +113,10 @@ def pieces(start: int, count: int) -> Iterator[tuple[int, int]]:
 if triton is not None:
     _CHANGING = ["stride", "n", "first", "skip", "k0", "k1", "r_first", "r_skip", "r_k0", "r_k1"]
 
-    def _launch(kernel, n: int, *args, **constants) -> None:
-        # a product and a sum rounded once, as a GPU would fuse them, are other bits than two passes
-        kernel[(triton.cdiv(n, LANES),)](*args, **constants, LANES=LANES, enable_fp_fusion=False)
-
-    @functools.cache
-    def _table(device) -> Tensor:
-        return directions.signed_normal_table(device)
+    def _launch(kernel, n: int, values: Tensor, *args, **constants) -> None:
+        with torch.cuda.device_of(values):
+            # a product and a sum rounded once, as a GPU would fuse them, are other bits than two passes
+            kernel[(triton.cdiv(n, LANES),)](values, *args, **constants, LANES=LANES, enable_fp_fusion=False)
 
     @triton.jit
     def _hash32(word, k0, k1):

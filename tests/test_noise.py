@@ -10,8 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import noise  # noqa: E402
+
 NO_TRITON = "no Triton here: it comes with torch's CUDA builds"
 
 
@@ -25,11 +30,15 @@ def test_kernels_give_the_bits_of_the_passes():
     assert ran.returncode == 0 and "the same bits" in ran.stdout, ran.stdout + ran.stderr
 
 
-def check() -> None:
-    import torch
+def test_a_gpu_without_kernels_is_told_of(caplog):
+    noise.fuses.cache_clear()
+    assert not noise.fuses(torch.device("cuda:7")) and not noise.fuses(torch.device("cuda:7"))
+    assert not noise.fuses(torch.device("cpu"))
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no kernels on cuda:7 (")
 
+
+def check() -> None:
     import directions
-    import noise
 
     if noise.triton is None:
         return print(NO_TRITON)
@@ -64,10 +73,8 @@ def check() -> None:
 
 def check_engine(device: str) -> None:
     """Losses and updates of a whole step, in fp32, with and without kernels; several queries and weight decay too."""
-    import torch
     from conftest import some_examples, tiny_model
 
-    import noise
     import scoring
     import zo
 
@@ -86,5 +93,4 @@ def check_engine(device: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     check()
