@@ -232,7 +232,7 @@ class OurArguments(TrainingArguments):
             logger.warning("--torch_compile: no C++ compiler on this machine, running eagerly")
             self.torch_compile = False
         self.sharded, self.fsdp = bool(self.fsdp), None  # by fsdp.py: the library takes GPUs only
-        with parallel.hidden(apart=self.sharded):
+        with parallel.hidden(apart=self.sharded and not self.use_cpu):
             super().__post_init__()
         parallel.start(self.ddp_timeout, self.sharded)
         if not parallel.leads():

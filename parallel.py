@@ -88,7 +88,8 @@ def hidden(apart: bool = False) -> Iterator[None]:
     """
     local, ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()  # does not start CUDA, which would fix the choice
-    if apart and 0 < gpus < ranks:
+    own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher may show each rank its own GPU alone
+    if apart and 0 < gpus < ranks and not own:
         raise UsageError(f"--fsdp: {ranks} ranks on a machine with {gpus} GPU(s), and each needs one of its own")
     if expected() > 1 and gpus > 1:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")

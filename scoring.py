@@ -266,6 +266,8 @@ def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | No
 def option_sums(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
     """[copies, O] fp32: log-probability of every option."""
     logprobs = token_logprobs(model, batch, cache, copies)
+    if logprobs.device.type == "mps":  # which has no `segment_reduce`
+        return logprobs.new_zeros(copies, len(batch["option_lens"])).index_add(1, batch["token_option"], logprobs)
     # tokens lie in the order of the options; `index_add` would add them up in another order each time on a GPU
     return torch.segment_reduce(logprobs.T.contiguous(), "sum", lengths=batch["option_lens"], unsafe=True).T
 

@@ -142,8 +142,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 for p in group["params"]:
                     slots.append(Slot(p, offset, index, group["weight_decay"]))
                     offset += p.numel()
-        for slot in slots:  # a GPU is waiting for launches, not for elements
-            slot.block = min(1 << 24, max(directions.BLOCK, offset // 100)) if slot.param.is_cuda else 0
+        for slot in slots:  # a GPU is waiting for launches, not for elements; a block holds a hundredth of the weights
+            if slot.param.is_cuda:
+                held = 1 if self.by_kernel(slot) and len(self.losses) <= 2 else 3 + len(self.losses)
+                slot.block = min(1 << 24, max(directions.BLOCK, offset // (100 * held)))
         return slots
 
     @torch.no_grad()
@@ -337,9 +339,9 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _update_streamed(self, slot: Slot, queries: list[tuple[float, int]], rate: float) -> None:
         step, kernel = self.scalars["step"], len(queries) == 1 and self.by_kernel(slot)
+        keep = fp32(1 - rate * slot.decayed) if slot.decayed else 1.0
         for rows in slot.blocks():
             block, start = slot.matrix[rows.start : rows.stop], slot.offset + rows.start * slot.width
-            keep = fp32(1 - rate * slot.decayed) if slot.decayed else 1.0
             if kernel and block.dtype != torch.float16:
                 ((coefficient, query),) = queries
                 self.noise.update((step, query), start, block, coefficient, keep, (step, "rounding"))

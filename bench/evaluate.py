@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from step import plain_loss, random_opt_125m  # noqa: E402
+from step import plain_loss, random_opt  # noqa: E402
 
 import generation  # noqa: E402
 import run  # noqa: E402
@@ -168,7 +168,7 @@ def main() -> None:
     if not args.default_malloc:
         utils.keep_pages()
     if args.model_name == "opt-125m":
-        args.model_name = str(random_opt_125m(args.tokenizer, ROOT / "result" / "opt-125m"))
+        args.model_name = str(random_opt("opt-125m", args.tokenizer, ROOT / "result" / "opt-125m", "cpu"))
     before = utils.peak_memory_mb()
     model = framework_of(args, "SST2", args.dtype).model
     if args.peak:

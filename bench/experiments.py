@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -128,9 +129,8 @@ def run_one(job: tuple[Arm, int]) -> None:
 
 def beside(words: list[str], log) -> int:
     """The exit status of a run in a process of its own, whose peak memory is its own too."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     words = [sys.executable, "run.py", *words]
-    return subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+    return subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
 
 
 def inside(words: list[str], log) -> int:
@@ -140,10 +140,11 @@ def inside(words: list[str], log) -> int:
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             return run.main(words) or 0
-        except Exception:
+        except (Exception, SystemExit):
             traceback.print_exc()
             return 1
         finally:
+            logging.getLogger().handlers.clear()  # they write to this run's log
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -270,6 +271,7 @@ def main() -> None:
             print(f"python run.py {arm.command} --seed {seed}")
         return None
     make_dev()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the workers
     if args.dtype:
         jobs = [(replace(arm, dtype=args.dtype), seed) for arm, seed in jobs]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:

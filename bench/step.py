@@ -70,15 +70,15 @@ def plain_loss(model, examples) -> torch.Tensor:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1).cpu()
+    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
     means, row = [], 0
     for x in examples:
         for option, n in zip(x.encodings, x.option_lens, strict=True):
-            places = torch.arange(len(option) - n, len(option))
-            means.append(logprobs[row, places - 1, torch.tensor(option)[places]].mean())
+            places = torch.arange(len(option) - n, len(option), device=model.device)
+            means.append(logprobs[row, places - 1, torch.tensor(option, device=model.device)[places]].mean())
             row += 1
     scores = torch.stack(means).view(len(examples), -1)
-    return torch.nn.functional.cross_entropy(scores, torch.tensor([x.label for x in examples]))
+    return torch.nn.functional.cross_entropy(scores, torch.tensor([x.label for x in examples], device=model.device))
 
 
 def plain_step(model, params, loss, lr=0.0, eps=1e-3) -> None:
@@ -154,7 +154,7 @@ def sweeps(model) -> tuple[float, float]:
         for p in params:
             p.add_(0.0)
 
-    block = 1 << 24 if model.device.type == "cuda" else directions.BLOCK
+    block = ZerothOrder(params, master=False).slots[0].block or directions.BLOCK
 
     def generate():
         for p in params:

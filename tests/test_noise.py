@@ -50,10 +50,10 @@ def check() -> None:
     starts = (0, 1, 33, (1 << 31) - 700, (1 << 33) + 5, (1 << 35) - 700)  # within words, over the ends of keys
     for name in directions.DISTRIBUTIONS:
         source = noise.Noise(5, name)
-        for start, n in ((start, n) for start in starts for n in (1, 4100)):
+        for start, n in ((start, n) for start in starts for n in (1, 1100)):
             z = directions.stretch(name, (5, 3, 0), start, n)
             assert torch.equal(source.rows((3, 0), start, 1, range(n), device).view(-1).cpu(), z), (name, start, n)
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 values, scales = torch.randn(n).to(dtype), [1e-3, -1e-3, 2.0]
                 given = values.to(device, copy=True)
                 for got, scale in zip(source.shown((3, 0), start, given, scales), scales, strict=True):
@@ -62,6 +62,8 @@ def check() -> None:
                         assert (got.view(torch.int16) - wanted.view(torch.int16)).abs().max() <= 1, (name, start, n)
                     else:
                         assert torch.equal(got.cpu(), wanted), (name, start, n, dtype)
+                if dtype == torch.float16:  # by the passes
+                    continue
                 source.update((3, 0), start, given, 0.123, 0.99, (3, "rounding"))
                 wanted = values.float().mul_(0.99).sub_(z * 0.123)
                 if dtype == torch.bfloat16:

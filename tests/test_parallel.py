@@ -20,6 +20,7 @@ import run
 import scoring
 import shares
 from trajectory import Trajectory
+from utils import UsageError
 
 ROOT = Path(run.__file__).parent
 ZO = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
@@ -302,3 +303,16 @@ def test_a_fingerprint_sees_one_bit_of_any_dtype():
         b.view(-1).view(torch.uint8)[5] ^= 1
         assert parallel.fingerprint([a]) != parallel.fingerprint([b])
     assert parallel.fingerprint([torch.ones(2, 2)[:, 0], torch.empty(3, device="meta")])
+
+
+def test_ranks_that_have_to_be_apart_want_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="3 ranks on a machine with 2 GPU"), parallel.hidden(apart=True):
+        pass
+    with parallel.hidden():
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # of this rank alone
+    with parallel.hidden(apart=True):
+        pass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -390,3 +391,9 @@ def test_an_adapter_is_merged_without_training(go):
 def test_every_module_is_installed():
     modules = {path.stem for path in ROOT.glob("*.py")} - {"test_xgblora"}
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]) == modules
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_bench_needs_is_there(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])
+    runpy.run_path(str(path), run_name="bench")
