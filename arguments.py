@@ -146,8 +146,8 @@ class OurArguments(TrainingArguments):
     xgblora_steps_per_iteration: int = flag(0, "adapters", "merge every N steps; 0 merges by epochs")
     xgblora_merge_frequency: int = flag(1, "adapters", "merge every n epochs (where steps are off)")
     recipe: str | None = flag(
-        None, "adapters", "fast: boost B only, normalised, in the upper half of the layers, with cached activations",
-        choices=list(RECIPES),
+        None, "adapters", "fast: boost B only, normalised, in the upper half of the layers, with cached activations; "
+        "atoms: LoRA of rank 8, one row of A and column of B a step, normalised", choices=list(RECIPES),
     )  # fmt: skip
     xgblora_ensemble: bool = flag(
         False, "adapters", "boosters stay beside the weights as one growing adapter: nothing is rounded"
@@ -213,7 +213,8 @@ class OurArguments(TrainingArguments):
         if self.ranks or self.lora_r is None:
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
         scaling = self.lora_alpha / self.lora_r
-        learning_rate, eps = published(self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling)
+        upper = self.xgblora_layers == "top:half"
+        learning_rate, eps = published(self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling, upper)
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
         if self.lr_scheduler_type is None:

@@ -2,7 +2,8 @@
 # MeZO with the recipe of its authors: MODE=ft|prefix|lora|xgblora TASK=SST2 bash mezo.sh [flags of run.py]
 set -euo pipefail
 
-RECIPE=${RECIPE:-}  # fast: see run.py --help
+RECIPE=${RECIPE:-}  # fast or atoms: see run.py --help
+[ "$RECIPE" != atoms ] || MODE=${MODE:-lora}
 MODE=${MODE:-${RECIPE:+xgblora}}
 XGBLORA_STEPS=${XGBLORA_STEPS:-${RECIPE:+25}}
 XGBLORA_STEPS=${XGBLORA_STEPS:-1000}

@@ -113,6 +113,8 @@ def check(args) -> None:
         ),
         "--zo_check needs --trainer zo": args.zo_check and not zo,
         "--recipe needs --trainer zo": args.recipe and not zo,
+        "--recipe atoms is LoRA of rank 8, whose alpha another rank would not fit": args.recipe == "atoms"
+        and (args.xgblora or args.lora_r not in (None, 8)),
         "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"

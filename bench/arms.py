@@ -103,7 +103,10 @@ def grid() -> list[Arm]:
               f"{ar1.replace(LORA, BOOST)} 5e-4 {upper.format(n=15)} {how} --xgblora_steps_per_iteration {n}")
           for name, how, n in (
               *(("atoms of AR1-ZO", "--xgblora_rank_schedule 8", n) for n in (25, 100, 1000)),
-              ("A and B, alpha 128", "--zo_method mezo --lora_alpha 128", 100))),
+              ("A and B, alpha 128", "--zo_method mezo --lora_alpha 128", 100),
+              ("atoms of AR1-ZO, η 1e-3", "--learning_rate 1e-3 --xgblora_rank_schedule 8", 100))),
+        *(Arm("layers", f"upper 15 of 30, η {rate:g}", f"{base(rate=rate)} {upper.format(n=15)}")
+          for rate in (1e-2, 2e-2)),
         Arm("batch", "batch 4", base(rate=4e-3), steps=800, batch=4),
         Arm("batch", "batch 16", base(rate=7e-3), steps=200, batch=16),
         Arm("queries", "4 queries", f"{base(rate=1e-2)} --zo_queries 4", steps=100),
@@ -120,6 +123,7 @@ def grid() -> list[Arm]:
           for name, method in (("LOZO r 2, full weights", " --zo_method lozo"), ("MeZO full", ""))),
     ]  # fmt: skip
     recipe, best8 = "--trainer zo --recipe fast", f"{LORA} {sgd} 1e-3"
+    slow = f"{recipe} --learning_rate 5e-3"  # the recipe's first rate, that of all layers
     # Confirmation: what was chosen on the dev rows, fixed before any of these tasks was run.
     return [
         *dev,
@@ -128,6 +132,7 @@ def grid() -> list[Arm]:
             Arm("start", "label bias only", BIAS, steps=0, seeds=CONFIRM, task=task),
             Arm("start", "linear probing", probing, steps=0, task=task),
             Arm("base", "recipe fast", recipe, seeds=CONFIRM, task=task),
+            Arm("rate", "recipe fast, η 5e-3", slow, seeds=CONFIRM, task=task),
             Arm("methods", "MeZO-LoRA r 8 at its best", best8, seeds=CONFIRM, task=task),
             Arm("methods", "AR1-ZO r 8 at its best", f"{ar1} 5e-4", seeds=CONFIRM, task=task),
             Arm("methods", "FZOO on LoRA r 8, alpha 128, 8 queries at its best", f"{fzoo} 3e-5", 89, seeds=CONFIRM,
@@ -139,11 +144,11 @@ def grid() -> list[Arm]:
         # As many passes as the goals speak of, and half of them.
         *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=CONFIRM, task=task, dtype="float32")
           for task in CONFIRMED for name, flags, steps in (
-              ("recipe fast", recipe, 750),
+              ("recipe fast", recipe, 750), ("recipe fast, η 5e-3", slow, 750), ("recipe fast, η 5e-3", slow, 1500),
               ("MeZO-LoRA r 8, falling rate", f"{best8} --lr_scheduler_type linear", 1500),
               ("MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5", 1500), ("recipe fast", recipe, 1500))),
         *(Arm("long", f"{name}, 1500 steps", flags, steps=1500, seeds=(0,), task="SST2", dtype="float32")
           for name, flags in (("MeZO-LoRA r 8 at its best", best8), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4"))),
-        Arm("weights", "recipe fast in float32", recipe, seeds=(0,), task="SST2", dtype="float32"),
+        Arm("weights", "recipe fast, η 5e-3, in float32", slow, seeds=(0,), task="SST2", dtype="float32"),
         Arm("weights", "MeZO-LoRA r 8 at its best in float32", best8, seeds=(0,), task="SST2", dtype="float32"),
     ]  # fmt: skip

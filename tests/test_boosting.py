@@ -319,12 +319,18 @@ def test_what_belongs_to_boosting_needs_it(go, capsys):  # noqa: F811
 def test_a_recipe_sets_what_no_flag_has_set(go):  # noqa: F811
     args = parse(["--trainer", "zo", "--recipe", "fast"])
     assert (args.xgblora, args.lora_freeze_a, args.zo_normalize, args.zo_cache_activations) == (True,) * 4
-    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 5e-3)
+    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 1e-2)
     flags = "--trainer zo --recipe fast --xgblora_steps_per_iteration 9 --xgblora_layers random:1"
     args = parse(flags.split())
     assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == ("random:1", 9, False)
     result = go("--trainer zo --recipe fast --max_steps 30 --save_model --output_dir out")["sets"][0]
     names = adapters.adapter_config("out")["target_modules"]
     assert result["boosters"] == 2 and all(".1." in name for name in names)  # the upper of two layers
+    args = parse(["--trainer", "zo", "--recipe", "atoms"])
+    assert (args.mode, args.lora_r, args.lora_alpha, args.learning_rate, args.zo_eps) == ("lora", 8, 1024, 5e-4, 2e-3)
+    assert parse(["--trainer", "zo", "--recipe", "atoms", "--learning_rate", "1e-3"]).learning_rate == 1e-3
+    assert go("--trainer zo --recipe atoms --max_steps 2")["forward_passes"] == 4
+    go("--trainer zo --recipe atoms --xgblora", status=2)
+    go("--trainer zo --recipe atoms --lora_r 4", status=2)
     go("--recipe fast", status=2)
     go("--trainer zo --recipe slow", status=2)

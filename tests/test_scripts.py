@@ -63,6 +63,13 @@ def test_sizes_and_the_loss_fit_the_task(tmp_path):
     assert "TRAIN/DEV/EVAL: 54/10/1000" in mezo({"TASK": "WSC", "TRAIN": 54, "DEV": 10, "DATA_DIR": tmp_path}).stdout
 
 
+def test_a_recipe_brings_its_mode(tmp_path):
+    for recipe, mode in (("fast", "xgblora"), ("atoms", "lora")):
+        done = mezo({"RECIPE": recipe, "TASK": "SST2", "DATA_DIR": tmp_path})  # stops at the missing data
+        assert done.returncode == 2 and f"MODE: {mode}" in done.stdout.splitlines()
+        assert f"--recipe {recipe}" in done.stdout
+
+
 def test_prefix_mode(model_dir, data_dir, tmp_path):
     environment = {"MODEL": model_dir, "DATA_DIR": data_dir, "MODE": "prefix", "TRAIN": 8, "DEV": 4, "STEPS": 1}
     words = ["--result_file", str(tmp_path / "r.json"), "--output_dir", str(tmp_path / "out"), "--eval_steps", "1"]
