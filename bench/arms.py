@@ -144,11 +144,13 @@ def grid() -> list[Arm]:
         # As many passes as the goals speak of, and half of them.
         *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=CONFIRM, task=task, dtype="float32")
           for task in CONFIRMED for name, flags, steps in (
-              ("recipe fast", recipe, 750), ("recipe fast, η 5e-3", slow, 750), ("recipe fast, η 5e-3", slow, 1500),
+              ("recipe fast", recipe, 750),
               ("MeZO-LoRA r 8, falling rate", f"{best8} --lr_scheduler_type linear", 1500),
               ("MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5", 1500), ("recipe fast", recipe, 1500))),
-        *(Arm("long", f"{name}, 1500 steps", flags, steps=1500, seeds=(0,), task="SST2", dtype="float32")
-          for name, flags in (("MeZO-LoRA r 8 at its best", best8), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4"))),
+        *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=(0,), task="SST2", dtype="float32")
+          for name, flags, steps in (
+              ("MeZO-LoRA r 8 at its best", best8, 1500), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4", 1500),
+              ("recipe fast, η 5e-3", slow, 750), ("recipe fast, η 5e-3", slow, 1500))),
         Arm("weights", "recipe fast, η 5e-3, in float32", slow, seeds=(0,), task="SST2", dtype="float32"),
         Arm("weights", "MeZO-LoRA r 8 at its best in float32", best8, seeds=(0,), task="SST2", dtype="float32"),
     ]  # fmt: skip

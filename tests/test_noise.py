@@ -32,9 +32,9 @@ def test_kernels_give_the_bits_of_the_passes():
 
 def test_a_gpu_without_kernels_is_told_of(caplog):
     noise.fuses.cache_clear()
-    assert not noise.fuses(torch.device("cuda:7")) and not noise.fuses(torch.device("cuda:7"))
+    assert not noise.fuses(torch.device("cuda:99")) and not noise.fuses(torch.device("cuda:99"))
     assert not noise.fuses(torch.device("cpu"))
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no kernels on cuda:7 (")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no kernels on cuda:99 (")
 
 
 def check() -> None:
