@@ -198,9 +198,6 @@ class OurArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name, value in RECIPES.get(self.recipe, {}).items():
-            if getattr(self, name) == type(self).__dataclass_fields__[name].default:
-                setattr(self, name, value)
         if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
             self.zo_cache_activations = False
         zo = self.trainer == "zo"
@@ -352,6 +349,7 @@ def parse(argv=None) -> OurArguments:
         OurArguments, allow_abbrev=False, description="Fine-tune and evaluate language models with forward passes only"
     )
     try:
+        parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))  # a flag's word counts more
         args, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )

@@ -59,6 +59,7 @@ def grid() -> list[Arm]:
     )
     no_merge = f"{LORA} --lora_r 1 {B_ONLY.format(rate=5e-3, eps=3e-2)}"
     sgd = "--lr_scheduler_type constant --zo_eps 1e-2 --learning_rate"
+    recipe = "--trainer zo --recipe fast"
     probing = "--linear_probing --num_train 1000 --train_set_seed {seed}"
     rank8 = f"{LORA} --lora_alpha 128 --zo_normalize --zo_eps 1e-2 --learning_rate"
     ar1 = f"{LORA} --lora_alpha 1024 --zo_method ar1-zo --zo_normalize --zo_eps 2e-3 --learning_rate"
@@ -93,12 +94,6 @@ def grid() -> list[Arm]:
         Arm("methods", "first-order XGBLoRA",
             f"{first} --xgblora --xgblora_steps_per_iteration 25 --learning_rate 1e-3", 200, 16, (0,)),
         Arm("schedule", "constant rate", f"{base(rate=3e-3)} --lr_scheduler_type constant"),
-        Arm("schedule", "rate per round", f"{base()} --xgblora_restart_lr"),
-        Arm("A", "A held for 10 of 25 steps",
-            f"{BOOST} --zo_normalize --xgblora_a_warmup 10 --xgblora_steps_per_iteration 25 --learning_rate 1.5e-3 "
-            "--zo_eps 1e-2"),
-        Arm("A", "A and B normalised, rounds of 100",
-            f"{BOOST} --zo_normalize --xgblora_steps_per_iteration 100 --learning_rate 1e-3 --zo_eps 1e-2"),
         *(Arm("A", f"{name}, upper 15, rounds of {n}",
               f"{ar1.replace(LORA, BOOST)} 5e-4 {upper.format(n=15)} {how} --xgblora_steps_per_iteration {n}")
           for name, how, n in (
@@ -107,22 +102,30 @@ def grid() -> list[Arm]:
               ("atoms of AR1-ZO, η 1e-3", "--learning_rate 1e-3 --xgblora_rank_schedule 8", 100))),
         *(Arm("layers", f"upper 15 of 30, η {rate:g}", f"{base(rate=rate)} {upper.format(n=15)}")
           for rate in (1e-2, 2e-2)),
-        Arm("batch", "batch 4", base(rate=4e-3), steps=800, batch=4),
-        Arm("batch", "batch 16", base(rate=7e-3), steps=200, batch=16),
-        Arm("queries", "4 queries", f"{base(rate=1e-2)} --zo_queries 4", steps=100),
-        Arm("layers", "random 15 of 30", f"{base()} --xgblora_layers random:15"),
-        Arm("directions", "Rademacher", f"{base()} --zo_distribution rademacher"),
-        Arm("directions", "normaliser off", f"{BOOST} --lora_freeze_a --xgblora_steps_per_iteration 25 {sgd} 1e-3"),
-        Arm("targets", "v and o", f"{base()} --lora_targets v_proj,o_proj"),
-        Arm("targets", "all linear", f"{base(rate=2e-3)} --lora_targets "
-            "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+        *(Arm("recipe", f"recipe fast, {name}", f"{recipe} {flags}", steps, batch) for name, flags, steps, batch in (
+            ("no merge", "--xgblora_steps_per_iteration 1000", 400, 8),
+            ("rounds of 100", "--xgblora_steps_per_iteration 100", 400, 8),
+            ("rate per round", "--xgblora_restart_lr", 400, 8),
+            ("ε 1e-2", "--zo_eps 1e-2", 400, 8),
+            ("normaliser off", "--zo_normalize False --learning_rate 3e-3 --zo_eps 3e-2", 400, 8),
+            ("Rademacher", "--zo_distribution rademacher", 400, 8),
+            ("batch 4", "--learning_rate 7e-3", 800, 4),
+            ("batch 16", "--learning_rate 1.4e-2", 200, 16),
+            ("4 queries", "--zo_queries 4 --learning_rate 2e-2", 100, 8),
+            ("rank 8", "--xgblora_rank_schedule 8 --lora_alpha 128 --learning_rate 3.5e-3 --zo_eps 3e-2", 400, 8),
+            ("v and o", "--lora_targets v_proj,o_proj", 400, 8),
+            ("feed-forward", "--lora_targets gate_proj,up_proj,down_proj --learning_rate 5e-3", 400, 8),
+            ("random 15 layers", "--xgblora_layers random:15 --zo_cache_activations False --learning_rate 5e-3 "
+             "--zo_eps 3e-2", 400, 8),
+            ("A trained too, held for 10 steps", "--lora_freeze_a False --xgblora_a_warmup 10 --learning_rate 3e-3",
+             400, 8))),
         Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
         Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
         *(Arm("full", f"{name}, η {rate}", f"{full} {rate}{method}", dtype="float32")
           for rate in ("1e-5", "3e-6", "3e-5")
           for name, method in (("LOZO r 2, full weights", " --zo_method lozo"), ("MeZO full", ""))),
     ]  # fmt: skip
-    recipe, best8 = "--trainer zo --recipe fast", f"{LORA} {sgd} 1e-3"
+    best8 = f"{LORA} {sgd} 1e-3"
     slow = f"{recipe} --learning_rate 5e-3"  # the recipe's first rate, that of all layers
     # Confirmation: what was chosen on the dev rows, fixed before any of these tasks was run.
     return [
@@ -146,9 +149,11 @@ def grid() -> list[Arm]:
           for task in CONFIRMED for name, flags, steps in (
               ("recipe fast", recipe, 750),
               ("MeZO-LoRA r 8, falling rate", f"{best8} --lr_scheduler_type linear", 1500),
-              ("MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5", 1500), ("recipe fast", recipe, 1500))),
+              ("MeZO-LoRA r 8, alpha 16, published", f"{LORA} {sgd} 5e-5", 1500), ("recipe fast", recipe, 1500),
+              ("recipe fast, no merge", f"{recipe} --xgblora_steps_per_iteration 10000", 1500))),
         *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=(0,), task="SST2", dtype="float32")
           for name, flags, steps in (
+              ("recipe fast, staged", f"{recipe} --staged 20", 10_000),
               ("MeZO-LoRA r 8 at its best", best8, 1500), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4", 1500),
               ("recipe fast, η 5e-3", slow, 750), ("recipe fast, η 5e-3", slow, 1500))),
         Arm("weights", "recipe fast, η 5e-3, in float32", slow, seeds=(0,), task="SST2", dtype="float32"),

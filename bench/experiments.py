@@ -121,6 +121,7 @@ def run_one(job: tuple[Arm, int]) -> None:
         "accuracy": found["accuracy"], "loss": found["loss"], "auc": auc(margins, golds),
         "best_threshold": best_threshold_accuracy(margins, golds), "forward_passes": found["forward_passes"],
         "seconds": one["train_seconds"], "boosters": one.get("boosters", 0),
+        **({"staged": one["staged"]} if "staged" in one else {}),
         **({} if torch.cuda.is_available() else {
             "cpu_seconds": one["train_cpu_seconds"], "peak_memory_mb": found["peak_memory_mb"]
         }),

@@ -320,6 +320,9 @@ def test_a_recipe_sets_what_no_flag_has_set(go):  # noqa: F811
     args = parse(["--trainer", "zo", "--recipe", "fast"])
     assert (args.xgblora, args.lora_freeze_a, args.zo_normalize, args.zo_cache_activations) == (True,) * 4
     assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 1e-2)
+    flags = "--trainer zo --recipe fast --zo_normalize False --xgblora_layers all"  # what they would be without it
+    args = parse(flags.split())
+    assert (args.zo_normalize, args.xgblora_layers, args.lora_freeze_a) == (False, "all", True)
     flags = "--trainer zo --recipe fast --xgblora_steps_per_iteration 9 --xgblora_layers random:1"
     args = parse(flags.split())
     assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == ("random:1", 9, False)
