@@ -39,6 +39,26 @@ class Arm:
         return OUT / self.task / f"{slug}-{self.steps}x{self.batch}-seed{seed}.json"
 
 
+# Of the main table: a method, and how the names of its settings on the dev rows begin.
+METHODS = {
+    "zero-shot": ("zero-shot",),
+    "label bias only": ("label bias",),
+    "16 demonstrations": ("16 demonstrations",),
+    "MeZO, all weights": ("MeZO full",),
+    "LOZO r 2, all weights": ("LOZO",),
+    "MeZO-LoRA r 8, alpha 16": ("MeZO-LoRA r 8, alpha 16",),
+    "MeZO-LoRA r 8, alpha 128, normalised": ("MeZO-LoRA r 8, alpha 128",),
+    "MeZO-LoRA r 1": ("MeZO-LoRA r 1",),
+    "AR1-ZO, LoRA r 8": ("AR1-ZO",),
+    "FZOO, LoRA r 8": ("FZOO",),
+    "XGBLoRA, A and B": ("XGBLoRA, A and B", "XGBLoRA as the seed"),
+    "XGBLoRA, B only": ("XGBLoRA B only", "LoRA r 1 B only", "rounds of", "ε", "η", "constant rate"),
+    "XGBLoRA, B only, some layers": ("upper", "recipe fast"),
+    "XGBLoRA, atoms, upper half": ("atoms", "A and B, alpha 128"),
+    "linear probing": ("linear probing",),
+    "first-order LoRA r 8": ("first-order LoRA",),
+    "first-order XGBLoRA": ("first-order XGBLoRA",),
+}
 CONFIRM = (0, 1, 2, 3, 4)  # seeds of what claims rest on
 CONFIRMED = ("Tweets", "SST2", "Products", "Editorials")
 BIAS = "bias"  # no run of run.py: see `label_bias`
@@ -86,6 +106,8 @@ def grid() -> list[Arm]:
         Arm("methods", "XGBLoRA as the seed has it", f"{BOOST} --xgblora_steps_per_iteration 1000 --learning_rate 1e-5 "
             "--zo_eps 1e-3 --lr_scheduler_type constant"),
         Arm("methods", "XGBLoRA, A and B, rounds of 100", f"{BOOST} --xgblora_steps_per_iteration 100 {sgd} 3e-4"),
+        Arm("methods", "XGBLoRA, A and B, normalised, rounds of 100",
+            f"{BOOST} --zo_normalize --xgblora_steps_per_iteration 100 --learning_rate 1e-3 --zo_eps 1e-2"),
         *(Arm("methods", f"AR1-ZO r 8{name}", f"{ar1} {rate}") for name, rate in
           (("", "2e-4"), (", η 5e-4", "5e-4"), (", η 1e-3", "1e-3"))),
         *(Arm("methods", f"FZOO on LoRA r 8, alpha 128, 8 queries{name}", f"{fzoo} {rate}", steps=89) for name, rate in

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from arms import BIAS, OUT, Arm, grid  # noqa: E402
+from arms import BIAS, METHODS, OUT, Arm, grid  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from metrics import auc, best_threshold_accuracy  # noqa: E402
@@ -178,6 +178,19 @@ def percent(runs: dict[int, dict]) -> dict[int, float]:
     return {seed: 100 * run["accuracy"] for seed, run in runs.items()}
 
 
+def cells(arm: Arm, runs: dict[int, dict]) -> list[str]:
+    """Means over the seeds, as the tables show them."""
+    mean = {key: fmean(run[key] for run in runs.values()) for key in NUMBERS}
+    wide = sum(run.get("weights") == "float32" and bool(arm.steps) for run in runs.values())
+    row = [f"{len(runs)}, {wide} in float32" if wide else f"{len(runs)}", f"{100 * mean['accuracy']:.1f}"]
+    row += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
+    row += [f"{mean['forward_passes']:.0f} × {arm.batch}"]
+    for cost in ("cpu_seconds", "peak_memory_mb"):  # of runs on a CPU; others are busy there too
+        spent = [run[cost] for run in runs.values() if cost in run]
+        row += [f"{fmean(spent):.0f}" if spent else ""]
+    return row
+
+
 def table(arms: list[Arm]) -> None:
     """A row for each arm that has runs, against the base of its task."""
     for task in dict.fromkeys(arm.task for arm in arms):
@@ -186,17 +199,20 @@ def table(arms: list[Arm]) -> None:
         reference = next((percent(runs) for arm, runs in rows if arm.group == "base"), {})
         print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         for arm, runs in rows:
-            mean = {key: fmean(run[key] for run in runs.values()) for key in NUMBERS}
-            wide = sum(run.get("weights") == "float32" and bool(arm.steps) for run in runs.values())
-            seeds = f"{len(runs)}, {wide} in float32" if wide else f"{len(runs)}"
-            cells = [arm.group, arm.name, seeds, f"{100 * mean['accuracy']:.1f}"]
-            cells += [paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""]
-            cells += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
-            cells += [f"{mean['forward_passes']:.0f} × {arm.batch}"]
-            for cost in ("cpu_seconds", "peak_memory_mb"):  # of runs on a CPU; others are busy there too
-                spent = [run[cost] for run in runs.values() if cost in run]
-                cells += [f"{fmean(spent):.0f}" if spent else ""]
-            print(f"| {' | '.join(cells)} |")
+            seeds, accuracy, *others = cells(arm, runs)
+            against = paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""
+            print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, against, *others])} |")
+
+
+def main_table(arms: list[Arm]) -> None:
+    """Each method with the best of its settings on the dev rows, and how many were tried."""
+    heads = "method", "tried", "best", *HEAD[2:4], *HEAD[5:]
+    print(f"\nMethods\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    rows = finished(arms, "dev")
+    for method, beginnings in METHODS.items():
+        if tried := [(arm, runs) for arm, runs in rows if arm.name.startswith(beginnings)]:
+            arm, runs = max(tried, key=lambda row: fmean(percent(row[1]).values()))
+            print(f"| {' | '.join([method, f'{len(tried)}', arm.name, *cells(arm, runs)])} |")
 
 
 def plot_costs(arms: list[Arm], path: Path) -> None:
@@ -216,6 +232,33 @@ def plot_costs(arms: list[Arm], path: Path) -> None:
             axis.set(title=title(task), xlabel=label, ylabel="accuracy in %")
             axis.grid(alpha=0.3)
         row[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_passes(arms: list[Arm], task: str, path: Path) -> None:
+    """Accuracy against forward passes, of runs at their end and of a staged one along its chain; over its boosters."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    families: dict[str, list[tuple[float, float]]] = {}
+    for arm, runs in finished(arms, task):
+        for run in runs.values():
+            if "staged" in run:
+                rows = run["forward_passes"] * arm.batch / run["boosters"]
+                stages = [(stage["boosters"], 100 * stage["accuracy"]) for stage in run["staged"]]
+                left.plot([rows * k for k, _ in stages[1:]], [a for _, a in stages[1:]], color="0.6", label=arm.name)
+                right.plot(*zip(*stages, strict=True), ".-", color="0.4", label=arm.name)
+        if arm.steps and arm.group != "weights":
+            name = arm.name.removesuffix(f", {arm.steps} steps").removesuffix(", staged")
+            passes = fmean(run["forward_passes"] for run in runs.values())
+            families.setdefault(name, []).append((passes * arm.batch, fmean(percent(runs).values())))
+    for i, (name, points) in enumerate(families.items()):
+        left.plot(*zip(*sorted(points), strict=True), "os^D"[i // 10] + ":", color=f"C{i % 10}", label=name)
+    left.set(xscale="log", xlabel="forward passes × rows", ylabel="accuracy in %", title=title(task))
+    right.set(xlabel="boosters", ylabel="accuracy in %", title=f"{title(task)}, the first boosters of one run")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -257,15 +300,19 @@ def main() -> None:
     arms = [a for a in arms if not args.tasks or a.task in args.tasks]
     arms = [replace(a, seeds=tuple(s for s in a.seeds if not args.seeds or s in args.seeds)) for a in arms]
     if args.what == "table":
+        main_table(arms)
         return table(arms)
     if args.what == "plot":
         import matplotlib
+        import why
 
         matplotlib.use("Agg")
         dev = [arm for arm in arms if arm.task == "dev"]
         plot(dev, OUT / "arms.png")
         plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
-        return plot_costs(dev, OUT / "costs.png")
+        plot_costs(dev, OUT / "costs.png")
+        plot_passes(arms, "SST2", OUT / "passes.png")
+        return why.picture(OUT / "why.png")
     jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
     if args.what == "list":
         for arm, seed in jobs:
