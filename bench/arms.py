@@ -140,7 +140,9 @@ def grid() -> list[Arm]:
             ("random 15 layers", "--xgblora_layers random:15 --zo_cache_activations False --learning_rate 5e-3 "
              "--zo_eps 3e-2", 400, 8),
             ("A trained too, held for 10 steps", "--lora_freeze_a False --xgblora_a_warmup 10 --learning_rate 3e-3",
-             400, 8))),
+             400, 8),
+            ("line search, rounds of 50", "--xgblora_steps_per_iteration 50 --xgblora_adaptive --xgblora_patience 50 "
+             "--num_dev 64", 300, 8))),
         Arm("full", "MeZO full", "--trainer zo --learning_rate 1e-6 --zo_eps 1e-3 --zo_distribution rademacher"),
         Arm("full", "LOZO r 2, full weights", "--trainer zo --zo_method lozo --learning_rate 1e-6 --zo_eps 1e-3"),
         *(Arm("full", f"{name}, η {rate}", f"{full} {rate}{method}", dtype="float32")
