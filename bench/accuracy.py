@@ -1,7 +1,7 @@
 """Accuracy of the methods on a real model, with seeds: runs `run.py` over a grid and prints a table.
 
     python bench/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2     # methods, on the validation rows
-    python bench/accuracy.py demo --seeds 0 1 2                                 # the demo's settings, and its control
+    python bench/accuracy.py demo --seeds 0 1 2                                 # B only on all layers, and its control
     python bench/accuracy.py search                                             # rates and ε, on 500 dev rows
     python bench/accuracy.py merges --task SST2 --data_dir DIR                  # with merges and without, likewise
 

@@ -1,15 +1,16 @@
 """Which method wins, on a real model, with seeds: a grid of `run.py` runs, a small JSON each in bench/experiments/.
 
     python bench/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet
-    python bench/experiments.py table                                         # every table of docs/EXPERIMENTS.md
+    python bench/experiments.py table                        # the tables of docs/EXPERIMENTS.md; why.py prints its own
     python bench/experiments.py plot                                          # every picture
     python bench/experiments.py list                                          # the runs to come, with their commands
 
-SmolLM2-135M of the starter, bfloat16 weights where `--dtype` says nothing else, 1,000 training rows; a seed drives
-directions, A, order and training set. Settings are chosen on dev rows of Reviews: the last 500 of its training split,
-put into a folder of their own in the place of the validation rows. Accuracy is that of the last step; beside it AUC and
-the accuracy at the best threshold, because a shift of the label bias alone gains much. One process a core with one
-thread each. Each JSON holds the command that repeats it (the dev rows are made by `run`).
+SmolLM2-135M of the starter, 1,000 training rows, weights of the arm's dtype where `--dtype` says nothing else; a seed
+drives directions, A, order and training set. Settings are chosen on dev rows of Reviews: the last 500 of its training
+split, in the place of the validation rows in a folder of their own. Accuracy is that of the last step; beside it AUC
+and the accuracy at the best threshold, because a shift of the label bias alone gains much. One process a core with
+one thread each. Each JSON holds the command that repeats it; `run` makes the dev rows, and $DATA_DIR is a folder with
+SST2/{train,validation}.jsonl in the hub's columns.
 """
 
 import argparse
@@ -75,14 +76,14 @@ def label_bias(arm: Arm, seed: int) -> None:
         low, high = (low, middle) if above else (middle, high)
     shifted = [m + low for m in margins[1]]
     losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted, golds[1], strict=True)]
-    write(arm, seed, f"python bench/experiments.py run --only '{arm.name}'", {
+    write(arm, seed, {
         "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted, golds[1], strict=True)), "loss": fmean(losses),
         "auc": auc(shifted, golds[1]), "best_threshold": best_threshold_accuracy(shifted, golds[1]),
         "forward_passes": 0, "seconds": round(time.perf_counter() - started, 1), "boosters": 0,
     })  # fmt: skip
 
 
-def write(arm: Arm, seed: int, command: str, found: dict) -> None:
+def write(arm: Arm, seed: int, found: dict) -> None:
     about = {
         "arm": arm.name,
         "group": arm.group,
@@ -95,7 +96,7 @@ def write(arm: Arm, seed: int, command: str, found: dict) -> None:
     }
     path = arm.path(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "command": command, **found}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps({**about, "command": arm.line(seed), **found}, indent=1, ensure_ascii=False) + "\n")
 
 
 def run_one(job: tuple[Arm, int]) -> None:
@@ -104,7 +105,7 @@ def run_one(job: tuple[Arm, int]) -> None:
         return label_bias(arm, seed)
     name = f"{arm.task}-{arm.path(seed).stem}"
     result, predictions = WORK / f"{name}.json", WORK / f"{name}.jsonl"
-    command = f"{arm.command} --seed {seed}".replace("{seed}", str(seed))
+    command = arm.line(seed).removeprefix("python run.py ")
     more = (
         f"--result_file {result} --predictions {predictions} --output_dir {WORK / name} --overwrite --disable_tqdm True"
     )
@@ -117,7 +118,7 @@ def run_one(job: tuple[Arm, int]) -> None:
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     margins, golds = [r["scores"][1] - r["scores"][0] for r in rows], [r["gold"] for r in rows]
     one = found["sets"][0]
-    write(arm, seed, f"python run.py {command}", {
+    write(arm, seed, {
         "accuracy": found["accuracy"], "loss": found["loss"], "auc": auc(margins, golds),
         "best_threshold": best_threshold_accuracy(margins, golds), "forward_passes": found["forward_passes"],
         "seconds": one["train_seconds"], "boosters": one.get("boosters", 0),
@@ -204,34 +205,41 @@ def table(arms: list[Arm]) -> None:
             print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, against, *others])} |")
 
 
-def main_table(arms: list[Arm]) -> None:
-    """Each method with the best of its settings on the dev rows, and how many were tried."""
-    heads = "method", "tried", "best", *HEAD[2:4], *HEAD[5:]
-    print(f"\nMethods\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    rows = finished(arms, "dev")
+def best_of_methods(arms: list[Arm]) -> list[tuple[str, int, Arm, dict[int, dict]]]:
+    """(method, settings tried, the best of them, its runs) on the dev rows."""
+    found, rows = [], finished(arms, "dev")
     for method, beginnings in METHODS.items():
         if tried := [(arm, runs) for arm, runs in rows if arm.name.startswith(beginnings)]:
-            arm, runs = max(tried, key=lambda row: fmean(percent(row[1]).values()))
-            print(f"| {' | '.join([method, f'{len(tried)}', arm.name, *cells(arm, runs)])} |")
+            found.append((method, len(tried), *max(tried, key=lambda row: fmean(percent(row[1]).values()))))
+    return found
+
+
+def main_table(arms: list[Arm]) -> None:
+    """Each method at the best of its settings on the dev rows, and how many were tried."""
+    heads = "method", "tried", "best", *HEAD[2:4], *HEAD[5:]
+    print(f"\nMethods\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for method, tried, arm, runs in best_of_methods(arms):
+        print(f"| {' | '.join([method, f'{tried}', arm.name, *cells(arm, runs)])} |")
 
 
 def plot_costs(arms: list[Arm], path: Path) -> None:
-    """Accuracy of the methods against what they cost, a row of panels a task."""
+    """Accuracy of the methods against what they cost on a CPU; bfloat16 and float32 were run on different machines."""
     from matplotlib import pyplot
 
-    chosen = [arm for arm in arms if arm.group in ("base", "methods", "full")]
-    panels = {task: rows for task in dict.fromkeys(a.task for a in chosen) if (rows := finished(chosen, task))}
     costs = {"cpu_seconds": "processor seconds", "peak_memory_mb": "peak MB"}
-    figure, axes = pyplot.subplots(len(panels), 2, figsize=(13, 4.5 * len(panels)), layout="constrained", squeeze=False)
-    for row, (task, rows) in zip(axes, panels.items(), strict=True):
-        for axis, (cost, label) in zip(row, costs.items(), strict=True):
-            for i, (arm, runs) in enumerate(rows):
-                if spent := [run[cost] for run in runs.values() if cost in run]:
-                    marker = "os^D"[i // 10]
-                    axis.plot(fmean(spent), fmean(percent(runs).values()), marker, color=f"C{i % 10}", label=arm.name)
-            axis.set(title=title(task), xlabel=label, ylabel="accuracy in %")
-            axis.grid(alpha=0.3)
-        row[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for i, (method, _, _, runs) in enumerate(best_of_methods(arms)):
+        look = {"marker": "os^D"[i // 10], "color": f"C{i % 10}", "linestyle": ""}
+        axes[1].plot([], [], label=method, **look)
+        for axis, cost in zip(axes, costs, strict=True):
+            for dtype in ("bfloat16", "float32"):
+                if some := [run for run in runs.values() if cost in run and run.get("weights", "bfloat16") == dtype]:
+                    filled = {} if dtype == "bfloat16" else {"markerfacecolor": "none"}
+                    axis.plot(fmean(r[cost] for r in some), 100 * fmean(r["accuracy"] for r in some), **look, **filled)
+    for axis, label in zip(axes, costs.values(), strict=True):
+        axis.set(title=f"{title('dev')}: filled bfloat16, hollow float32", xlabel=label, ylabel="accuracy in %")
+        axis.grid(alpha=0.3)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -316,7 +324,7 @@ def main() -> None:
     jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
     if args.what == "list":
         for arm, seed in jobs:
-            print(f"python run.py {arm.command} --seed {seed}")
+            print(arm.line(seed))
         return None
     make_dev()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the workers
