@@ -183,6 +183,7 @@ def grid() -> list[Arm]:
               ("recipe fast, no merge", f"{recipe} --xgblora_steps_per_iteration 10000", 1500))),
         *(Arm("long", f"{name}, {steps} steps", flags, steps=steps, seeds=(0,), task="SST2", dtype="float32")
           for name, flags, steps in (
+              ("XGBLoRA, A and B, rounds of 100", f"{BOOST} --xgblora_steps_per_iteration 100 {sgd} 3e-4", 1500),
               ("recipe fast, η 4e-3, staged", f"{recipe} --learning_rate 4e-3 --staged 20", 10_000),
               ("MeZO-LoRA r 8 at its best", best8, 1500), ("MeZO-LoRA r 8, η 3e-4", f"{LORA} {sgd} 3e-4", 1500),
               ("recipe fast, η 5e-3", slow, 750), ("recipe fast, η 5e-3", slow, 1500))),
