@@ -137,7 +137,7 @@ class OurArguments(TrainingArguments):
 
     lora: bool = flag(False, "adapters", "train LoRA adapters of q_proj and v_proj (or what the model has instead)")
     lora_r: int | None = flag(None, "adapters", "rank (default: 8; 1 with --xgblora)")
-    lora_alpha: float = flag(16, "adapters", "alpha; adapters are scaled by alpha / rank")
+    lora_alpha: float = flag(16.0, "adapters", "alpha; adapters are scaled by alpha / rank")
     lora_targets: str | None = flag(
         None, "adapters", "adapt these Linear layers: names or last parts of them, with commas: q_proj,v_proj,fc1,fc2"
     )
@@ -198,8 +198,6 @@ class OurArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.recipe and not self.xgblora_layers.startswith("top"):  # another flag has it so
-            self.zo_cache_activations = False
         zo = self.trainer == "zo"
         modes = {"xgblora": self.xgblora, "lora": self.lora, "prefix": self.prefix_tuning, "head": self.head_tuning}
         modes |= {"probe": self.linear_probing, "ft": True}
@@ -215,10 +213,15 @@ class OurArguments(TrainingArguments):
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
         if self.lr_scheduler_type is None:
-            self.lr_scheduler_type = "constant" if zo and not self.zo_normalize else "linear"
+            plain = zo and not self.zo_normalize and not self.xgblora_restart_lr
+            self.lr_scheduler_type = (
+                "linear" if not plain else "constant_with_warmup" if self.warmup_steps else "constant"
+            )
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if zo else 1.0
-        self.best_by_task = self.load_best_model_at_end and self.metric_for_best_model is None
+        self.best_by_task = self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.save_strategy == "best"
+        )
         self.eos_token = self.eos_token.replace("\\n", "\n")
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.remove_unused_columns = False
@@ -343,13 +346,21 @@ class Parser(HfArgumentParser):
         raise UsageError(message)
 
 
+def take_recipe(parser: Parser, argv) -> None:
+    """Make the values of a `--recipe` the defaults of their flags, so that a flag that is given counts more."""
+    parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))
+    chosen = parser.parse_known_args(argv)[0]
+    if chosen.objective or chosen.non_diff or not chosen.xgblora_layers.startswith("top"):
+        parser.set_defaults(zo_cache_activations=False)  # they have no use for it
+
+
 def parse(argv=None) -> OurArguments:
     """Arguments of the command line; raises UsageError for a flag that does not exist, with the nearest one."""
     parser = Parser(
         OurArguments, allow_abbrev=False, description="Fine-tune and evaluate language models with forward passes only"
     )
     try:
-        parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))  # a flag's word counts more
+        take_recipe(parser, argv)
         args, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )

@@ -114,6 +114,8 @@ def warnings(args) -> list[str]:
         said.append(f"--zo_eps {args.zo_eps:g}: mode {args.mode} is published with {eps:g}")
     elif args.trainer == "zo" and args.mode in ("lora", "xgblora") and args.zo_eps <= 1e-3:
         said.append(f"--zo_eps {args.zo_eps:g} is for full fine-tuning: with adapters 0.01 tells more from rounding")
+    if args.trainer == "zo" and args.weight_decay and args.mode != "ft":
+        said.append(f"--weight_decay {args.weight_decay:g} is for full fine-tuning: adapters do not decay")
     if args.device.type == "cpu":
         fast = cpu_has_bf16()
         if args.load_float16:
@@ -135,7 +137,7 @@ INCIDENTAL = {
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
     "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir", "data_seed",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "model_name", "data_dir",
     "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "num_train_sets", "logging_dir", "do_eval",
     "zo_parallel", "rank_check_steps", "ddp_timeout", "ddp_backend", "local_rank",
 }  # fmt: skip

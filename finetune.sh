@@ -17,6 +17,7 @@ case "$TASK" in
     *) MICRO=$BS ;;
 esac
 [ "$MICRO" -le "$BS" ] || MICRO=$BS
+[ $((BS % MICRO)) = 0 ] || { echo "finetune.sh: BS=$BS is no multiple of the $MICRO rows that $TASK takes at a time" >&2; exit 2; }
 
 echo "MODEL: $MODEL"
 echo "TASK: $TASK"

@@ -58,7 +58,7 @@ class Framework:
         self.estimate: memory.Estimate | None = None
         self.trainer: OurTrainer | None = None
         self.probe: Probe | None = None
-        self.objective = metrics.objective(args.objective) if args.objective else None
+        self.objective = metrics.objective(args.objective) if task and args.objective else None  # a replay has no task
         self.prefix_length = args.num_prefix if args.prefix_tuning else 0
         if args.adapter and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND:
             rules.fit_prefix(args)
@@ -111,6 +111,8 @@ class Framework:
                 freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
+        if args.staged and not self.lora_module.xgblora:
+            raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
         if args.adapter and self.lora_module:
             self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
         return model

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,7 @@ import adapters
 from adapters import Booster, Round, Saved, layer_number
 from placement import execution_device, piece
 from streaming import NoCopies
-from utils import UsageError
+from utils import UsageError, layer_choice
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class LoRA:
         n = n or (len(numbers) + 1) // 2
         if kind != "all" and n > len(numbers):
             raise UsageError(f"layers {layers}: this model has {len(numbers)} of them")
+        if kind != "all" and (odd := [name for name in found if layer_number(name) is None]):
+            raise UsageError(f"layers {layers}: {', '.join(odd)} stands in none of the numbered layers")
         if kind == "top":
             found = [name for name in found if layer_number(name) in numbers[-n:]]
         self.drawn = (numbers, n) if kind == "random" else None
@@ -156,7 +159,13 @@ class LoRA:
         self.base: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
         if xgblora and not ensemble:  # W₀ and the fp32 sum of the chain, both on the host
+            uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
             for name, module in self.modules.items():
+                if uses[id(module.weight)] > 1:
+                    raise UsageError(
+                        f"{name} shares its weight with another layer, which a merge would change too: "
+                        "--xgblora_ensemble keeps it"
+                    )
                 if module.weight.is_meta or not module.weight.is_floating_point():
                     raise UsageError("quantised or offloaded weights take no boosters: --xgblora_ensemble keeps them")
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
@@ -408,13 +417,3 @@ class LoRA:
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def layer_choice(text: str) -> tuple[str, int]:
-    """("all" | "top" | "random", N; 0 stands for half) of `all`, `top:N`, `random:N`; raises UsageError for others."""
-    kind, _, number = text.partition(":")
-    if text == "all":
-        return "all", 0
-    if kind in ("top", "random") and (number == "half" or (number.isdecimal() and int(number) > 0)):
-        return kind, 0 if number == "half" else int(number)
-    raise UsageError(f"layers {text!r}: there are all, top:N and random:N")

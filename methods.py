@@ -3,6 +3,7 @@
 `--zo_method NAME` takes one of these, `--zo_method file.py:Name` a subclass of `zo.Method` in a file of one's own.
 """
 
+import math
 from dataclasses import replace
 from statistics import stdev
 
@@ -37,11 +38,13 @@ class FZOO(Method):
     N is `--zo_queries`, 8 in the paper: N + 1 forwards a step.
     """
 
+    least_queries = 2
+
     def points(self):
         return [(0, 0.0), *((query, 1.0) for query in range(self.queries))]
 
     def projected(self, losses, eps):
-        spread = stdev(losses[1:])
+        spread = stdev(losses[1:]) if all(map(math.isfinite, losses)) else math.nan  # a step that is skipped
         return [(loss - losses[0]) / (eps * spread) if spread else 0.0 for loss in losses[1:]]
 
     def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows, device):

@@ -20,7 +20,7 @@ COMMON=(--model_name "$MODEL" --task_name "$TASK" --num_eval "$EVAL")
 [ -z "$DATA_DIR" ] || COMMON+=(--data_dir "$DATA_DIR")
 # Half precision is the fast one on a GPU; on a CPU run.py says which is.
 case " $* " in
-    *" --load_"*) ;;
+    *" --load_float16"* | *" --load_bfloat16"* | *" --load_int"*) ;;
     *) ! nvidia-smi > /dev/null 2>&1 || COMMON+=(--load_"${GPU_DTYPE:-float16}") ;;
 esac
 

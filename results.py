@@ -11,12 +11,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import checkpoint
+from defaults import INCIDENTAL
 from utils import peak_memory_mb
 
 METRICS = ("accuracy", "macro_f1", "f1", "em", "perplexity", "loss")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 SHOWN = ("task_name", "model_name", "trainer", "xgblora", "lora")  # arguments that a table needs
-SEEDS = ("seed", "data_seed", "train_set_seed", "output_dir", "result_file", "predictions")
+# What the runs of one row may differ in: seeds, and what says where and how often something is written or shown.
+APART = {"seed", "data_seed", "train_set_seed"} | INCIDENTAL - {"model_name", "data_dir", "tag", "num_eval"}
 
 
 def path_of(args, seeds: list[int | None]) -> Path:
@@ -71,13 +73,13 @@ def read(path: Path) -> dict | None:
 
 
 def table(directory: Path) -> list[str]:
-    """Lines of a table: one row for all result files in a directory whose arguments differ in nothing but the seed."""
+    """Lines of a table: one row for all result files in a directory whose arguments differ in nothing but `APART`."""
     rows: dict[str, list[dict]] = {}
     for path in sorted(directory.glob("*.json")):
         result = read(path)
         # the file of several sets holds nothing that the files of the sets don't
         if result and len(result["sets"]) == 1:
-            kept = {name: value for name, value in result["args"].items() if name not in SEEDS}
+            kept = {name: value for name, value in result["args"].items() if name not in APART}
             rows.setdefault(json.dumps(kept, sort_keys=True), []).append(result)
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]
     for results in rows.values():

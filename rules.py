@@ -7,10 +7,9 @@ from transformers import TrainingArguments
 import fsdp
 import parallel
 import placement
-from lora import layer_choice
 from methods import get_method
 from tasks import GENERATION, OPTIONS, TEXT, Own
-from utils import UsageError
+from utils import UsageError, layer_choice
 
 
 def check(args) -> None:
@@ -35,6 +34,8 @@ def check(args) -> None:
         and args.gradient_checkpointing,
         ("--prefix_tuning", "--save_merged"): args.prefix_tuning and args.save_merged,
         ("--objective", "--train_as_classification"): args.objective and args.train_as_classification,
+        ("--objective", "--zo_cache_activations"): args.objective and args.zo_cache_activations,
+        ("--objective", "--zo_check (such a loss has steps)"): args.objective and args.zo_check,
         (f"--load_int{args.bits}", "--save_merged"): args.bits and args.save_merged,
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
@@ -45,7 +46,10 @@ def check(args) -> None:
         ("--fsdp", f"--optim {args.optim} (adamw_torch and sgd do)"): args.fsdp
         and not args.optim.startswith(("adamw_torch", "sgd")),
         ("--fsdp", "--fsdp_config (nothing reads it)"): args.fsdp and args.fsdp_config,
-        ("--trainer zo", "--label_smoothing_factor"): zo and args.label_smoothing_factor,
+        ("--trainer", "--label_smoothing_factor (the loss is ours)"): trains and args.label_smoothing_factor,
+        ("--trainer", "--save_only_model (nothing could go on from it)"): trains and args.save_only_model,
+        ("--trainer", "--train_sampling_strategy group_by_length"): trains
+        and args.train_sampling_strategy == "group_by_length",
         ("--trainer zo", "--neftune_noise_alpha"): zo and args.neftune_noise_alpha,
         ("--trainer zo", "--auto_find_batch_size"): zo and args.auto_find_batch_size,
         ("--trainer zo", f"--optim {args.optim}"): zo and args.optim != TrainingArguments.default_optim,
@@ -56,8 +60,9 @@ def check(args) -> None:
         ("--xgblora_a_warmup", "--lora_freeze_a"): args.xgblora_a_warmup and args.lora_freeze_a,
         ("--staged", "--no_eval"): args.staged and args.no_eval,
         ("--xgblora_restart_lr", f"--lr_scheduler_type {args.lr_scheduler_type}"): args.xgblora_restart_lr
-        and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),  # no functions of the step
+        and args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy"),  # no functions of the step
         ("--eval_strategy", "no --num_dev"): trains and args.eval_strategy != "no" and not args.num_dev,
+        ("--eval_on_start", "no --num_dev"): trains and args.eval_on_start and not args.num_dev,
     }
     for names, clash in conflicts.items():
         if clash:
@@ -65,13 +70,23 @@ def check(args) -> None:
     ranks = parallel.expected()
     boosts = args.xgblora and trains
     kind, _ = layer_choice(args.xgblora_layers)
-    named = {
-        name: getattr(args, name)
-        for name in ("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
-                     "xgblora_best")
-    }  # fmt: skip
+
+    def set_one(*names: str) -> dict[str, bool]:
+        """{name: whether it has another value than its default}."""
+        return {name: getattr(args, name) != type(args).__dataclass_fields__[name].default for name in names}
+
+    of_boosting = set_one("xgblora_steps_per_iteration", "xgblora_merge_frequency")
+    of_training = set_one("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
+                          "xgblora_best")  # fmt: skip
+    of_lora = set_one("lora_r", "lora_alpha")
+    of_zo = set_one("zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_batched", "zo_method")
     needs = {
-        **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in named.items()},
+        "--recipe needs --trainer zo": args.recipe and not zo,
+        **{f"--{name} needs --xgblora": on and not args.xgblora for name, on in of_boosting.items()},
+        **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in of_training.items()},
+        **{f"--{name} needs --trainer zo": on and args.trainer == "regular" for name, on in of_zo.items()},
+        **{f"--{name} needs --lora or --xgblora": on and not lora for name, on in of_lora.items()},
+        "--save_model needs a --trainer (or --save_merged, --export_rank)": args.save_model and not trains,
         "--xgblora_ensemble needs --xgblora or --adapter": args.xgblora_ensemble
         and not (boosts or (args.adapter and not trains)),
         "--xgblora_layers needs --lora or --xgblora": kind != "all" and not (lora and trains),
@@ -112,7 +127,6 @@ def check(args) -> None:
             args.bits and args.xgblora and not args.xgblora_ensemble
         ),
         "--zo_check needs --trainer zo": args.zo_check and not zo,
-        "--recipe needs --trainer zo": args.recipe and not zo,
         "--recipe atoms is LoRA of rank 8, whose alpha another rank would not fit": args.recipe == "atoms"
         and (args.xgblora or args.lora_r not in (None, 8)),
         "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
@@ -141,10 +155,13 @@ def check(args) -> None:
             raise UsageError(message)
     if args.device_map:
         placement.read_map(args.device_map)
-    if zo and get_method(args.zo_method).full_only and adapters:
+    method = get_method(args.zo_method)
+    if zo and method.full_only and adapters:
         raise UsageError(f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
-    if zo and get_method(args.zo_method).adapters_only and (not lora or args.lora_freeze_a):
+    if zo and method.adapters_only and (not lora or args.lora_freeze_a or args.xgblora_a_warmup):
         raise UsageError(f"--zo_method {args.zo_method} is for --lora or --xgblora with A and B trained")
+    if zo and args.zo_queries < method.least_queries:
+        raise UsageError(f"--zo_method {args.zo_method} needs --zo_queries {method.least_queries} or more")
     if not args.eos_token:
         raise UsageError("--eos_token is empty: an answer has to end somewhere")
     for name in ("seed", "train_set_seed"):
@@ -184,6 +201,12 @@ def fit(args, task) -> None:
     fits = {"accuracy": (OPTIONS,), "f1": (GENERATION,), "em": (GENERATION,)}
     if args.objective and task.kind not in fits.get(args.objective, (OPTIONS, GENERATION)):
         raise UsageError(f"--objective {args.objective} is not for {task.name}, whose metric is {task.metric_name}")
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    known = {GENERATION: ("f1", "em"), TEXT: ("loss",)}.get(
+        task.kind, dict.fromkeys((task.metric_name, "accuracy", "loss"))
+    )
+    if args.trainer != "none" and args.metric_for_best_model and best not in known:
+        raise UsageError(f"--metric_for_best_model {best}: {task.name} has {', '.join(known)}")
     if args.linear_probing:  # a probe has one output an option
         some = task.samples["train"]
         options = {tuple(map(str, some[i].candidates or ())) for i in range(min(len(some), 50))}

@@ -91,10 +91,7 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
 def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval_rows: Rows | None) -> dict:
     """What the model, trained or not, is worth: its files, its metrics and its predictions, as the flags ask."""
     args, measured = framework.args, {}
-    if args.save_merged and parallel.leads():
-        framework.save_merged(output_dir / "merged")
-    if args.export_rank and parallel.leads():
-        framework.export(output_dir / f"rank{args.export_rank}")
+    write_models(framework, output_dir)
     if dev_rows.samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
@@ -112,12 +109,23 @@ def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval
     return measured
 
 
+def write_models(framework: Framework, output_dir: Path) -> None:
+    """The files of `--save_merged` and `--export_rank`."""
+    args = framework.args
+    if args.save_merged and parallel.leads():
+        framework.save_merged(output_dir / "merged")
+    if args.export_rank and parallel.leads():
+        framework.export(output_dir / f"rank{args.export_rank}")
+
+
 def replay(args: OurArguments) -> int:
     """`--replay`: the trained weights again, from the pretrained model and a few kilobytes."""
     start, output_dir = time.perf_counter(), args.run_dir(args.train_set_seed or args.seed)
     args.announce()
     with checkpoint.locked(output_dir):
-        Framework(args, None).replay(args.replay, output_dir)
+        framework = Framework(args, None)
+        framework.replay(args.replay, output_dir)
+        write_models(framework, output_dir)
     logger.info("%s: rebuilt in %.1f s", output_dir, time.perf_counter() - start)
     return 0
 

@@ -28,6 +28,7 @@ from check import advice, check, rounding_walk
 from methods import get_method
 from saving import SavingTrainer, Stopping
 from trajectory import Trajectory
+from utils import UsageError
 from zo import ZerothOrder
 
 logger = logging.getLogger(__name__)
@@ -278,23 +279,37 @@ class OurTrainer(SavingTrainer):
             lora.truncate(about["boosters"])
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        if not self.args.xgblora_restart_lr:
-            return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(self.boosting.round_steps, optimizer)
+        restarts = self.args.xgblora_restart_lr
+        try:
+            scheduler = super().create_scheduler(
+                self.boosting.round_steps if restarts else num_training_steps, optimizer
+            )
+        except ValueError as error:  # what its --lr_scheduler_kwargs lack
+            raise UsageError(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}: {error}") from error
+        if not restarts:
+            return scheduler
         restart_schedule(scheduler, lambda: self.round_start)
         return scheduler
 
     @property
     def forward_passes(self) -> int:
         """Forward passes over a batch that the steps so far took (a regular step adds a backward pass to each)."""
-        points = len(self.method.points()) if self.zeroth_order else 1
-        return points * self.state.global_step * self.args.gradient_accumulation_steps
+        points, of_step = len(self.method.points()) if self.zeroth_order else 1, self.args.gradient_accumulation_steps
+        batches = len(self.get_train_dataloader())
+        epochs, left = divmod(self.state.global_step, math.ceil(batches / of_step))
+        return points * (epochs * batches + left * of_step)  # the last step of an epoch may be a short one
 
     def finished(self, found) -> bool:
         """Whether a checkpoint is the end of this run; if so its state, and the best weights where asked, are taken."""
         state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))
-        if state.global_step < self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
+        last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < last:
             return False
+        if state.global_step > last:
+            raise UsageError(
+                f"{Path(found).parent} holds a run of {state.global_step} steps, longer than the {last} "
+                "asked for: --output_dir other, or --overwrite"
+            )
         self.state = state
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(str(Path(found).parent / Path(best).name) if best else str(found))

@@ -208,3 +208,13 @@ def peak_memory_mb() -> float:
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
     except (OSError, TypeError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def layer_choice(text: str) -> tuple[str, int]:
+    """("all" | "top" | "random", N; 0 stands for half) of `all`, `top:N`, `random:N`; raises UsageError for others."""
+    kind, _, number = text.partition(":")
+    if text == "all":
+        return "all", 0
+    if kind in ("top", "random") and (number == "half" or (number.isdecimal() and int(number) > 0)):
+        return kind, 0 if number == "half" else int(number)
+    raise UsageError(f"layers {text!r}: there are all, top:N and random:N")

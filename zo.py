@@ -59,6 +59,7 @@ class Method:
     replayable = True
     full_only = False  # its directions need the tensors of a full fine-tune, and adapters lie in one flat vector
     adapters_only = False  # its directions need the pairs of A and B
+    least_queries = 1  # `--zo_queries` that it makes sense with
 
     def __init__(self, queries: int = 1):
         self.queries = queries

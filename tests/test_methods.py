@@ -1,5 +1,6 @@
 """Methods of other papers against their formulas, and a method of one's own from the documents."""
 
+import math
 import re
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def test_what_a_method_needs_is_asked_for(go, capsys):  # noqa: F811
     go("--trainer zo --max_steps 2 --zo_method ar1-zo", status=2)
     assert "A and B" in capsys.readouterr().err
     go("--trainer zo --lora --lora_freeze_a --max_steps 2 --zo_method ar1-zo", status=2)
+
+
+def test_fzoo_skips_a_step_whose_losses_are_no_numbers():
+    for bad in (math.nan, math.inf):
+        assert all(math.isnan(g) for g in FZOO(3).projected([0.5, 0.6, bad, 0.4], 1e-2))
+    assert FZOO(2).projected([0.5, 0.6, 0.6], 1e-2) == [0.0, 0.0]
 
 
 def test_the_method_of_the_documents_runs_and_is_fzoo(go, tmp_path):  # noqa: F811

@@ -130,6 +130,29 @@ FLAGS = {
     "--trainer zo --max_grad_norm nan": ("--max_grad_norm",),
     "--trainer zo --weight_decay nan": ("--weight_decay",),
     "--trainer regular --lr_scheduler_type wrong": ("wrong",),
+    "--trainer regular --label_smoothing_factor 0.1": ("--label_smoothing_factor",),
+    "--trainer zo --save_only_model": ("--save_only_model", "go on"),
+    "--trainer zo --train_sampling_strategy group_by_length": ("group_by_length",),
+    "--trainer zo --eval_on_start": ("--eval_on_start", "--num_dev"),
+    "--trainer zo --max_steps 1 --lr_scheduler_type cosine_with_min_lr": ("cosine_with_min_lr", "min_lr"),
+    "--trainer zo --num_dev 4 --eval_strategy steps --eval_steps 1 --load_best_model_at_end --save_steps 1 "
+    "--metric_for_best_model f1": ("--metric_for_best_model f1", "accuracy, loss"),
+    "--trainer zo --xgblora_steps_per_iteration 9": ("--xgblora_steps_per_iteration", "--xgblora"),
+    "--trainer zo --xgblora_merge_frequency 2": ("--xgblora_merge_frequency", "--xgblora"),
+    "--trainer zo --lora_r 4": ("--lora_r", "--lora"),
+    "--trainer zo --lora_alpha 32": ("--lora_alpha", "--lora"),
+    "--trainer regular --zo_eps 1e-2": ("--zo_eps", "--trainer zo"),
+    "--trainer regular --lora --zo_optim adamw": ("--zo_optim", "--trainer zo"),
+    "--trainer regular --zo_queries 4": ("--zo_queries", "--trainer zo"),
+    "--save_model": ("--save_model", "--trainer"),
+    "--recipe fast": ("--recipe", "--trainer zo"),
+    "--trainer zo --recipe fast --xgblora_layers all --zo_cache_activations": ("--zo_cache_activations", "top:N"),
+    "--trainer zo --recipe fast --objective accuracy --zo_cache_activations": ("--objective", "--zo_cache_activations"),
+    "--trainer zo --objective accuracy --zo_check": ("--objective", "--zo_check"),
+    "--trainer zo --lora --zo_method fzoo": ("fzoo", "--zo_queries 2"),
+    "--trainer zo --xgblora --zo_method ar1-zo --xgblora_a_warmup 2": ("ar1-zo", "A and B"),
+    "--trainer zo --xgblora --xgblora_restart_lr --lr_scheduler_type constant": ("--xgblora_restart_lr", "constant"),
+    "--trainer zo --lora --lora_targets q_proj,lm_head --xgblora_layers top:1 --max_steps 1": ("lm_head", "numbered"),
 }
 
 
@@ -398,6 +421,18 @@ def test_weights_that_are_cut_off(refused, tmp_path):
     file = tmp_path / "m" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(f"--model_name {tmp_path / 'm'}", "can't be read")
+
+
+def test_a_head_that_is_the_embedding_takes_no_merge(refused, tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    flags = f"--model_name {tmp_path / 'm'} --trainer zo --xgblora --lora_targets lm_head --max_steps 1"
+    refused(flags, "lm_head shares its weight", "--xgblora_ensemble")
+
+
+def test_stages_need_a_chain(refused, tmp_path):
+    LoRA(tiny_model("llama"), 2, 16).save_pretrained(tmp_path / "plain")
+    refused(f"--adapter {tmp_path / 'plain'} --staged 1", "--staged", "no chain")
 
 
 def test_adapters_that_do_not_fit(refused, tmp_path):

@@ -71,6 +71,21 @@ def test_full_parameters_are_rebuilt_bit_for_bit(go, dtype, method):  # noqa: F8
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
+def test_a_replay_writes_what_its_flags_ask_for(go):  # noqa: F811
+    flags = f"{RUN} --lora --output_dir out --save_merged --export_rank 2"
+    go(flags)
+    go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
+    for name in ("merged/model", "rank2/adapter_model"):
+        assert Path(f"again/{name}.safetensors").read_bytes() == Path(f"out/{name}.safetensors").read_bytes()
+
+
+def test_a_run_on_an_objective_is_rebuilt(go):  # noqa: F811
+    flags = f"{RUN} --recipe fast --non_diff --train_as_classification False"  # the recipe leaves its cache out
+    go(f"{flags} --output_dir out")
+    go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
+    assert adapter_bytes("again") == adapter_bytes("out")
+
+
 def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):  # noqa: F811
     go(BOOST)
     for flags, word in (("--seed 4", "seed"), ("--lora_alpha 3", "lora_alpha"), ("--load_bfloat16", "load_bfloat16")):

@@ -17,6 +17,7 @@ from conftest import TRAIN, shared, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import results
 import run
 from lora import LoRA
 
@@ -40,6 +41,34 @@ def go(model_dir, data_dir, tmp_path, monkeypatch):
 
 ZO = "--trainer zo --max_steps 6 --learning_rate 1e-2 --output_dir out --save_model"
 BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 4 --save_steps 2"
+
+
+def test_a_run_that_is_longer_than_asked_for_is_not_its_result(go, capsys):
+    go("--trainer zo --lora --max_steps 4 --output_dir out")
+    go("--trainer zo --lora --max_steps 2 --output_dir out", status=2)
+    assert "a run of 4 steps" in capsys.readouterr().err
+    go("--trainer zo --lora --max_steps 6 --output_dir out")  # a longer one goes on
+
+
+def test_the_order_of_the_rows_is_part_of_a_run(go, capsys):
+    go("--trainer zo --lora --max_steps 2 --output_dir out --data_seed 5")
+    go("--trainer zo --lora --max_steps 4 --output_dir out --data_seed 6", status=2)
+    assert "data_seed" in capsys.readouterr().err
+
+
+def test_the_short_step_at_the_end_of_an_epoch_is_counted_as_it_was(go):
+    flags = "--trainer zo --lora --num_train 10 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    assert go(f"{flags} --num_train_epochs 2 --output_dir out")["forward_passes"] == 2 * 2 * 5
+    assert go(f"{flags} --max_steps 4 --output_dir steps")["forward_passes"] == 2 * (5 + 2)
+
+
+def test_seeds_stand_in_one_row_whatever_is_written_how_often(go, tmp_path):
+    (tmp_path / "kept").mkdir()
+    for seed, more in enumerate(("", "--overwrite", "--logging_steps 5 --save_on_interrupt", "--lora_alpha 16")):
+        go(f"--trainer zo --lora --max_steps 1 --output_dir out{seed} --seed {seed} {more}")
+        (tmp_path / "result.json").rename(tmp_path / "kept" / f"{seed}.json")
+    rows = results.table(tmp_path / "kept")[1:]
+    assert rows and all(row.split()[4] == "4" for row in rows), rows
 
 
 def in_folder(name):

@@ -63,6 +63,11 @@ def test_sizes_and_the_loss_fit_the_task(tmp_path):
     assert "TRAIN/DEV/EVAL: 54/10/1000" in mezo({"TASK": "WSC", "TRAIN": 54, "DEV": 10, "DATA_DIR": tmp_path}).stdout
 
 
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    done = script("finetune.sh", {"TASK": "SQuAD", "BS": 5, "DATA_DIR": tmp_path})
+    assert done.returncode == 2 and "BS=5" in done.stderr.splitlines()[-1]
+
+
 def test_a_recipe_brings_its_mode(tmp_path):
     for recipe, mode in (("fast", "xgblora"), ("atoms", "lora")):
         done = mezo({"RECIPE": recipe, "TASK": "SST2", "DATA_DIR": tmp_path})  # stops at the missing data
