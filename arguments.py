@@ -209,14 +209,15 @@ class OurArguments(TrainingArguments):
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
         scaling = self.lora_alpha / self.lora_r
         upper = self.xgblora_layers == "top:half"
-        learning_rate, eps = published(self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling, upper)
+        if self.lr_scheduler_type is None:
+            falls = not zo or self.zo_normalize or self.xgblora_restart_lr
+            self.lr_scheduler_type = "linear" if falls else "constant_with_warmup" if self.warmup_steps else "constant"
+        steps = 0 if self.lr_scheduler_type == "constant" else self.max_steps  # a constant rate knows no end
+        learning_rate, eps = published(
+            self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling, upper, steps
+        )
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
-        if self.lr_scheduler_type is None:
-            plain = zo and not self.zo_normalize and not self.xgblora_restart_lr
-            self.lr_scheduler_type = (
-                "linear" if not plain else "constant_with_warmup" if self.warmup_steps else "constant"
-            )
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if zo else 1.0
         self.best_by_task = self.metric_for_best_model is None and (

@@ -1,10 +1,13 @@
 """What a choice defaults to where that depends on other choices, and which choices make a run another run."""
 
+import math
+
 from utils import cpu_has_bf16
 
 # (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full, prefix and LoRA as published (MeZO,
 # Table 15). XGBLoRA and the last two switches: found on the starter model at alpha/r = 16 (bench/RESULTS.md).
 SCALING = 16  # alpha / rank that the entries with B alone belong to
+LENGTH = 1500  # steps up to which the rates of normalised steps were found
 DEFAULTS = {
     ("zo", "ft", False, False): (1e-6, 1e-3),
     ("zo", "head", False, False): (1e-6, 1e-3),
@@ -39,15 +42,19 @@ RECIPES = {
 
 
 def published(
-    trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling: float, upper: bool = False
+    trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling: float, upper: bool = False, steps: int = 0
 ) -> tuple[float, float | None]:
     """(learning rate, eps) of the table for these choices, (0, None) where there is no training.
 
     With B alone trained the model sees scaling · B A, so both follow exactly from their values at another scaling. With
-    the `upper` half of the layers alone, whose curvature is a seventh, a normalised step may be twice as long.
+    the `upper` half of the layers alone, whose curvature is a seventh, a normalised step may be twice as long. Its
+    length is the same however small g has become, so that the noise of a run grows with Σ η² over its `steps` (0: not
+    known): beyond LENGTH of them the rate falls as 1/√steps, which keeps that sum (docs/EXPERIMENTS.md).
     """
     zo = trainer == "zo"
     learning_rate, eps = DEFAULTS.get((trainer, mode, zo and normalize, zo and freeze_a), (0.0, None))
+    if zo and normalize and learning_rate:
+        learning_rate *= min(1.0, math.sqrt(LENGTH / max(steps, 1)))
     if zo and freeze_a:
         learning_rate *= 2 if upper and normalize else 1
         ratio = SCALING / scaling

@@ -319,6 +319,20 @@ def test_learning_rate_and_eps_default_by_mode():
     assert defaults("--trainer zo --xgblora --zo_normalize --lora_freeze_a")[2] == "linear"
     assert defaults("--trainer zo --xgblora --learning_rate 1e-5 --zo_eps 1e-3")[:2] == (1e-5, 1e-3)
     assert defaults("--trainer regular --lora")[2:] == ("linear", 1.0, 8)
+    assert (
+        defaults("--trainer zo --xgblora --xgblora_restart_lr")[2] == "linear"
+    )  # a constant one has nothing to restart
+    assert defaults("--trainer zo --warmup_steps 4")[2] == "constant_with_warmup"
+
+
+def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
+    def rate(steps, flags="--recipe fast"):
+        return run.parse(f"--trainer zo {flags} --max_steps {steps}".split()).learning_rate
+
+    assert rate(400) == rate(1500) == 1e-2
+    assert 1500 * rate(1500) ** 2 == pytest.approx(20000 * rate(20000) ** 2)  # Σ η² stays
+    assert rate(20000, "--recipe fast --lr_scheduler_type constant") == 1e-2  # such a run may go on and on
+    assert rate(20000, "--recipe fast --zo_normalize False") == rate(400, "--recipe fast --zo_normalize False")
 
 
 def test_torch_compile_without_a_compiler_runs_eagerly_and_says_so(monkeypatch, caplog):
