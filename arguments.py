@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import parallel
 import rules
-from defaults import RECIPES, published, settings_block, warnings
+from defaults import RECIPES, by_length, published, settings_block, warnings
 from metrics import LOWER
 from tasks import TASKS, Own
 from utils import UsageError
@@ -349,8 +349,11 @@ class Parser(HfArgumentParser):
 
 def take_recipe(parser: Parser, argv) -> None:
     """Make the values of a `--recipe` the defaults of their flags, so that a flag that is given counts more."""
-    parser.set_defaults(**RECIPES.get(parser.parse_known_args(argv)[0].recipe, {}))
+    recipe = RECIPES.get(parser.parse_known_args(argv)[0].recipe, {})
+    parser.set_defaults(**recipe)
     chosen = parser.parse_known_args(argv)[0]
+    if "learning_rate" in recipe:
+        parser.set_defaults(learning_rate=by_length(recipe["learning_rate"], chosen.max_steps))
     if chosen.objective or chosen.non_diff or not chosen.xgblora_layers.startswith("top"):
         parser.set_defaults(zo_cache_activations=False)  # they have no use for it
 

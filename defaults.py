@@ -41,20 +41,27 @@ RECIPES = {
 }  # fmt: skip
 
 
+def by_length(rate: float, steps: int) -> float:
+    """The rate of normalised steps in a run of so many; 0 or less: not known.
+
+    A step has one length however small g has become, so that the noise of a run grows with Σ η²: beyond LENGTH steps
+    the rate falls as 1/√steps, which keeps that sum (docs/EXPERIMENTS.md).
+    """
+    return rate * min(1.0, math.sqrt(LENGTH / max(steps, 1)))
+
+
 def published(
     trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling: float, upper: bool = False, steps: int = 0
 ) -> tuple[float, float | None]:
     """(learning rate, eps) of the table for these choices, (0, None) where there is no training.
 
     With B alone trained the model sees scaling · B A, so both follow exactly from their values at another scaling. With
-    the `upper` half of the layers alone, whose curvature is a seventh, a normalised step may be twice as long. Its
-    length is the same however small g has become, so that the noise of a run grows with Σ η² over its `steps` (0: not
-    known): beyond LENGTH of them the rate falls as 1/√steps, which keeps that sum (docs/EXPERIMENTS.md).
+    the `upper` half of the layers alone, whose curvature is a seventh, a normalised step may be twice as long.
     """
     zo = trainer == "zo"
     learning_rate, eps = DEFAULTS.get((trainer, mode, zo and normalize, zo and freeze_a), (0.0, None))
     if zo and normalize and learning_rate:
-        learning_rate *= min(1.0, math.sqrt(LENGTH / max(steps, 1)))
+        learning_rate = by_length(learning_rate, steps)
     if zo and freeze_a:
         learning_rate *= 2 if upper and normalize else 1
         ratio = SCALING / scaling

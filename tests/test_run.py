@@ -329,7 +329,7 @@ def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
     def rate(steps, flags="--recipe fast"):
         return run.parse(f"--trainer zo {flags} --max_steps {steps}".split()).learning_rate
 
-    assert rate(400) == rate(1500) == 1e-2
+    assert rate(400) == rate(1500) == 1e-2 and rate(1500, "--recipe atoms") == 5e-4 == 2 * rate(6000, "--recipe atoms")
     assert 1500 * rate(1500) ** 2 == pytest.approx(20000 * rate(20000) ** 2)  # Σ η² stays
     assert rate(20000, "--recipe fast --lr_scheduler_type constant") == 1e-2  # such a run may go on and on
     assert rate(20000, "--recipe fast --zo_normalize False") == rate(400, "--recipe fast --zo_normalize False")
