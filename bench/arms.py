@@ -66,6 +66,7 @@ METHODS = {
     "first-order LoRA r 8": ("first-order LoRA",),
     "first-order XGBLoRA": ("first-order XGBLoRA",),
 }
+RECIPE = "upper 15 of 30, η 0.01"  # what `--recipe fast` is, under its name among the arms on the dev rows
 CONFIRM = (0, 1, 2, 3, 4)  # seeds of what claims rest on
 CONFIRMED = ("Tweets", "SST2", "Products", "Editorials")
 BIAS = "bias"  # no run of run.py: see `label_bias`

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from arms import BIAS, METHODS, OUT, Arm, grid  # noqa: E402
+from arms import BIAS, METHODS, OUT, RECIPE, Arm, grid  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from metrics import auc, best_threshold_accuracy  # noqa: E402
@@ -193,14 +193,16 @@ def cells(arm: Arm, runs: dict[int, dict]) -> list[str]:
 
 
 def table(arms: list[Arm]) -> None:
-    """A row for each arm that has runs, against the base of its task."""
+    """A row for each arm that has runs, against the base of its task, or the recipe where that is what it varies."""
     for task in dict.fromkeys(arm.task for arm in arms):
         if not (rows := finished(arms, task)):
             continue
-        reference = next((percent(runs) for arm, runs in rows if arm.group == "base"), {})
+        base = next((percent(runs) for arm, runs in rows if arm.group == "base"), {})
+        recipe = next((percent(runs) for arm, runs in rows if arm.name == RECIPE), {})
         print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         for arm, runs in rows:
             seeds, accuracy, *others = cells(arm, runs)
+            reference = recipe if arm.group == "recipe" else base
             against = paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""
             print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, against, *others])} |")
 
