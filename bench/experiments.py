@@ -208,11 +208,13 @@ def table(arms: list[Arm]) -> None:
 
 
 def best_of_methods(arms: list[Arm]) -> list[tuple[str, int, Arm, dict[int, dict]]]:
-    """(method, settings tried, the best of them, its runs) on the dev rows."""
+    """(method, settings tried, the best of them, its runs) on the dev rows; one of a single seed only where all are."""
     found, rows = [], finished(arms, "dev")
     for method, beginnings in METHODS.items():
         if tried := [(arm, runs) for arm, runs in rows if arm.name.startswith(beginnings)]:
-            found.append((method, len(tried), *max(tried, key=lambda row: fmean(percent(row[1]).values()))))
+            found.append(
+                (method, len(tried), *max(tried, key=lambda row: (len(row[1]) > 1, fmean(percent(row[1]).values()))))
+            )
     return found
 
 
@@ -229,7 +231,7 @@ def plot_costs(arms: list[Arm], path: Path) -> None:
     from matplotlib import pyplot
 
     costs = {"cpu_seconds": "processor seconds", "peak_memory_mb": "peak MB"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for i, (method, _, _, runs) in enumerate(best_of_methods(arms)):
         look = {"marker": "os^D"[i // 10], "color": f"C{i % 10}", "linestyle": ""}
         axes[1].plot([], [], label=method, **look)
