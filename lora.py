@@ -147,6 +147,7 @@ class LoRA:
         self.targets = tuple(sorted(kinds) if alike == set(found) else found)
         self.trained_before = {name: p.requires_grad for name, p in model.named_parameters()}
         self.replaced = {name: linear[name] for name in found}
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         model.requires_grad_(False)
         self.modules: dict[str, LoRALinear] = {}
         for name in found:
@@ -159,15 +160,12 @@ class LoRA:
         self.base: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
         if xgblora and not ensemble:  # W₀ and the fp32 sum of the chain, both on the host
-            uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
             for name, module in self.modules.items():
-                if uses[id(module.weight)] > 1:
-                    raise UsageError(
-                        f"{name} shares its weight with another layer, which a merge would change too: "
-                        "--xgblora_ensemble keeps it"
-                    )
                 if module.weight.is_meta or not module.weight.is_floating_point():
                     raise UsageError("quantised or offloaded weights take no boosters: --xgblora_ensemble keeps them")
+                if uses[id(module.weight)] > 1:  # a tied head
+                    raise UsageError(f"{name} shares its weight with a layer that a merge would change too: "
+                                     "--xgblora_ensemble keeps it")  # fmt: skip
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
                 self.sum[name] = torch.zeros(module.weight.shape, dtype=torch.float32)
             size = sum(w.nbytes for tensors in (self.base, self.sum) for w in tensors.values())
