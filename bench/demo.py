@@ -73,12 +73,11 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     run.logging.basicConfig(level=run.logging.WARNING)
     utils.keep_pages()
     flags += f" --output_dir {OUT / name} --overwrite --train_as_classification --per_device_train_batch_size {BATCH}"
-    flags += f" --max_steps {steps} --logging_steps 5 --save_steps {steps} --save_total_limit 1 --save_model"
+    flags += f" --max_steps {steps} --logging_steps 5 --save_steps {steps} --save_total_limit 1"
     trains = "--trainer zo" in flags
     if trains:
-        flags += (
-            f" --num_train {TRAIN} --num_dev {DEV} --eval_strategy steps --eval_steps {max(1, steps // EVALUATIONS)}"
-        )
+        flags += f" --save_model --num_train {TRAIN} --num_dev {DEV} --eval_strategy steps"
+        flags += f" --eval_steps {max(1, steps // EVALUATIONS)}"
     made, start = framework(flags, seed), time.perf_counter()
     measured = {"train_set": seed, "forward_passes": 0, "log": []}
     if trains:
