@@ -79,7 +79,7 @@ def check(args) -> None:
     of_training = set_one("xgblora_rank_schedule", "xgblora_adaptive", "xgblora_a_warmup", "xgblora_restart_lr",
                           "xgblora_best")  # fmt: skip
     of_lora = set_one("lora_r", "lora_alpha")
-    of_zo = set_one("zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_batched", "zo_method")
+    of_zo = set_one("zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_method")
     needs = {
         "--recipe needs --trainer zo": args.recipe and not zo,
         **{f"--{name} needs --xgblora": on and not args.xgblora for name, on in of_boosting.items()},

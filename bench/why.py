@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from arms import OUT  # noqa: E402
 
 import run  # noqa: E402
 import scoring  # noqa: E402
@@ -29,7 +30,6 @@ import utils  # noqa: E402
 from zo import ZerothOrder  # noqa: E402
 
 STARTER = ROOT / "starter"
-OUT = ROOT / "bench" / "experiments"
 COMMON = f"--model_name {STARTER / 'smollm2-135m'} --data_dir {STARTER} --task_name Reviews --trainer zo"
 B_ONLY = "--xgblora --lora_freeze_a"
 # name: (flags, ε, rate of the normalised steps, steps a round, looks at these steps)

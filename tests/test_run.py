@@ -335,6 +335,16 @@ def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
     assert rate(20000, "--recipe fast --zo_normalize False") == rate(400, "--recipe fast --zo_normalize False")
 
 
+def test_every_command_of_the_evidence_is_understood(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import arms
+
+    lines = {arm.line(0) for arm in arms.grid() if arm.flags != arms.BIAS}
+    assert len(lines) > 100
+    for line in lines:
+        run.parse(line.removeprefix("python run.py ").split())
+
+
 def test_torch_compile_without_a_compiler_runs_eagerly_and_says_so(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     assert not run.parse(["--trainer", "zo", "--torch_compile"]).torch_compile
