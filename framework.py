@@ -35,7 +35,7 @@ from lora import LoRA
 from prefix import PrefixTuning
 from probe import Probe
 from prompts import Prompts, Rows
-from tasks import GENERATION, TEXT
+from tasks import GENERATION, METRICS, TEXT
 from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
 from utils import UsageError
@@ -195,8 +195,7 @@ class Framework:
             return {"loss": loss, "perplexity": math.exp(loss)}
         predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
         if self.task.kind == GENERATION:
-            pairs = list(zip(predictions, golds, strict=True))
-            return {"f1": fmean(metrics.f1(*p) for p in pairs), "em": fmean(metrics.exact_match(*p) for p in pairs)}
+            return {name: metrics.objective(name)(predictions, golds) for name in METRICS[GENERATION]}
         measured = {"accuracy": metrics.accuracy(predictions, golds)}
         if self.task.metric_name == "macro_f1":
             measured["macro_f1"] = metrics.macro_f1(predictions, golds)

@@ -21,7 +21,9 @@ def accuracy(predictions: Sequence, golds: Sequence) -> float:
 
 
 def macro_f1(predictions: Sequence, golds: Sequence) -> float:
-    """Mean over the classes that occur of 2·hits / (predicted + gold)."""
+    """Mean over the classes that occur of 2·hits / (predicted + gold); of a list of golds, the one that was hit, or the
+    first."""
+    golds = [(p if p in g else g[0]) if isinstance(g, list) else g for p, g in zip(predictions, golds, strict=True)]
     predicted, gold = Counter(predictions), Counter(golds)
     hits = Counter(p for p, g in zip(predictions, golds, strict=True) if p == g)
     return fmean(2 * hits[c] / (predicted[c] + gold[c]) for c in predicted | gold)

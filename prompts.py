@@ -84,5 +84,7 @@ class Prompts:
 
 def language_modelling(example: Example, only_option: bool) -> Example:
     """The right option alone, to be trained as text: its own tokens, or all tokens behind the first."""
-    ids = example.encodings[example.label]
-    return Example([ids], [example.option_lens[example.label] if only_option else len(ids) - 1])
+    ids, k = example.encodings[example.label], example.label
+    if not only_option:
+        return Example([ids], [len(ids) - 1])
+    return Example([ids], [example.option_lens[k]], targets=example.targets and [example.targets[k]])

@@ -8,7 +8,7 @@ import fsdp
 import parallel
 import placement
 from methods import get_method
-from tasks import GENERATION, OPTIONS, TEXT, Own
+from tasks import GENERATION, METRICS, OPTIONS, TEXT, Own
 from utils import UsageError, layer_choice
 
 
@@ -202,9 +202,7 @@ def fit(args, task) -> None:
     if args.objective and task.kind not in fits.get(args.objective, (OPTIONS, GENERATION)):
         raise UsageError(f"--objective {args.objective} is not for {task.name}, whose metric is {task.metric_name}")
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    known = {GENERATION: ("f1", "em"), TEXT: ("loss",)}.get(
-        task.kind, dict.fromkeys((task.metric_name, "accuracy", "loss"))
-    )
+    known = [m for m in METRICS[task.kind] if m != "macro_f1" or m == task.metric_name]
     if args.trainer != "none" and args.metric_for_best_model and best not in known:
         raise UsageError(f"--metric_for_best_model {best}: {task.name} has {', '.join(known)}")
     if args.linear_probing:  # a probe has one output an option

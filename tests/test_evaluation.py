@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ CHOICES = ("--template", "{q} Answer:", "--candidates_column", "options", "--ans
 ANSWERS = ("--template", "{q} Answer:", "--answer_column", "a")
 TEXTS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)]
 CHAT = [
-    {"messages": [{"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": str(i)}]} for i in range(12)
+    {"messages": [{"role": role, "content": f"{i}{said}"} for role, said in zip(("user", "assistant") * 2, "+-*/")]}
+    for i in range(12)
 ]
 ZO = "--trainer zo --lora --max_steps 3 --num_train 8 --num_dev 4 --eval_strategy steps --eval_steps 1 --save_steps 1 "
 ZO += "--load_best_model_at_end --save_model"
@@ -108,6 +110,15 @@ def test_a_text_s_loss_is_the_mean_over_its_tokens(go, tmp_path, model_dir):
     loss = -sum(sums) / sum(x.option_lens[0] for x in examples)
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
     assert result["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [TEXTS, CHAT], ids=["texts", "chat"])
+def test_the_loss_that_is_trained_is_the_one_that_is_evaluated(go, tmp_path, chat_model, rows):
+    data = write_own(tmp_path / "mine", rows, rows)
+    flags = "--trainer zo --lora --max_steps 1 --num_train 12 --per_device_train_batch_size 12 --learning_rate 0"
+    result = go(f"--task_name own {flags} --zo_eps 1e-5 --logging_steps 1 --output_dir out", model=chat_model, data=data)
+    state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
+    assert state["log_history"][0]["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_generated_answers_are_scored_by_f1_and_em(go, tmp_path, monkeypatch):
@@ -178,6 +189,16 @@ def test_no_dev_rows_is_a_number_of_dev_rows(go):
     flags = "--task_name SST2 --trainer zo --lora --max_steps 2 --learning_rate 0.1 --output_dir"
     with_none, without = go(f"{flags} a --num_dev 0"), go(f"{flags} b")
     assert with_none["loss"] == without["loss"] and "dev_loss" not in with_none
+
+
+@pytest.mark.parametrize(("rows", "flags", "metric"), [(TEXTS, (), "perplexity"), (QUESTIONS, CHOICES, "macro_f1")])
+def test_another_metric_chooses_the_best_checkpoint(go, tmp_path, rows, flags, metric):
+    data = write_own(tmp_path / "mine", rows)
+    result = go(f"--task_name own {ZO} --metric {metric} --output_dir out", *flags, data=data)
+    state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
+    assert result["args"]["metric_for_best_model"] == metric and metric in result
+    measured = [entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry]
+    assert state["best_metric"] == (min if metric == "perplexity" else max)(measured)
 
 
 def test_macro_f1_where_it_is_asked_for(go):

@@ -13,6 +13,10 @@ def test_accuracy_takes_one_right_answer_or_several():
     assert accuracy([1, "b", "c"], [1, ["a", "b"], ["a"]]) == 2 / 3
 
 
+def test_macro_f1_where_several_answers_are_right_takes_the_one_that_was_hit():
+    assert macro_f1(["b", "a", "c"], [["a", "b"], ["b", "a"], ["a"]]) == macro_f1(["b", "a", "c"], ["b", "a", "a"])
+
+
 def test_macro_f1_is_the_mean_over_classes():
     predictions, golds = list("aabbc"), list("abbbd")
     each = []
