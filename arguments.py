@@ -212,7 +212,9 @@ class OurArguments(TrainingArguments):
         if self.lr_scheduler_type is None:
             falls = not zo or self.zo_normalize or self.xgblora_restart_lr
             self.lr_scheduler_type = "linear" if falls else "constant_with_warmup" if self.warmup_steps else "constant"
-        steps = 0 if self.lr_scheduler_type == "constant" else self.max_steps  # a constant rate knows no end
+        steps = (
+            0 if self.lr_scheduler_type == "constant" else self.max_steps
+        )  # under a constant rate a run may be prolonged
         learning_rate, eps = published(
             self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling, upper, steps
         )
@@ -273,6 +275,11 @@ class OurArguments(TrainingArguments):
     def own(self) -> Own:
         """What the flags of own data say."""
         return Own(**{f.name: getattr(self, f.name) for f in fields(Own)})
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of `--lora_targets`; none where lora.py chooses."""
+        return [word.strip() for word in (self.lora_targets or "").split(",") if word.strip()]
 
     @property
     def ranks(self) -> list[int] | None:

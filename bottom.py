@@ -31,8 +31,8 @@ class _Reached(Exception):
 class Passed(nn.Module):
     """Stands in the place of a decoder layer and hands on the hidden states, [1, R, N, D] or [R, N, D].
 
-    Some models take what a layer gives as the hidden states, others (Falcon, BLOOM, GPT-J) take `[0]` of it. An axis
-    in front serves both: it is still there, or it is gone.
+    Some models take what a layer gives as the hidden states, others (Falcon, BLOOM, GPT-J) take `[0]` of it. So it
+    gives them an axis in front, which the second kind drops again, and takes either.
     """
 
     def __init__(self, layer: nn.Module):

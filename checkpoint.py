@@ -181,7 +181,9 @@ class Signals:
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, on: bool = False):
-        self.on, self.received, self.at_once, self.before = on, None, False, {}
+        self.on, self.at_once, self.before = on, False, {}
+        self.heard = 0  # number of the signal that came last
+        self.received: str | None = None  # name of the one that counts
 
     def __enter__(self) -> "Signals":
         if self.on:
@@ -193,12 +195,25 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
-        if self.received and number == signal.SIGINT:
+        if self.heard and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self.received)
-        if self.at_once:
-            raise Interrupted(self.received)
+        self.heard = number
+        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self.name)
+        self.know()
+        self.leave()
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.heard).name
+
+    def know(self) -> None:
+        """What was heard counts from here on."""
+        self.received = self.name
+
+    def leave(self) -> None:
+        """Raise Interrupted where a request has come and nothing has to be finished first."""
+        if self.at_once and self.heard:
+            raise Interrupted(self.name)
 
     def check(self) -> None:
         """Raise Interrupted where a request has come."""

@@ -52,7 +52,7 @@ class Framework:
         parallel.company = parallel.ALONE
         if task:
             args.choose_best_by(task.metric_name)
-            rules.fit(args, task)
+            rules.check_task(args, task)
         self.lora_module: LoRA | None = None
         self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
         self.estimate: memory.Estimate | None = None
@@ -61,7 +61,7 @@ class Framework:
         self.objective = metrics.objective(args.objective) if task and args.objective else None  # a replay has no task
         self.prefix_length = args.num_prefix if args.prefix_tuning else 0
         if args.adapter and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND:
-            rules.fit_prefix(args)
+            rules.check_prefix(args)
             self.prefix_length = prefix.saved_length(args.adapter)
         elif args.adapter:
             adapters.adapter_config(args.adapter)
@@ -105,9 +105,8 @@ class Framework:
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
         elif args.lora or args.xgblora:
-            targets = [t.strip() for t in args.lora_targets.split(",") if t.strip()] if args.lora_targets else None
             self.lora_module = LoRA(
-                model, args.lora_r, args.lora_alpha, args.load_float16, args.xgblora, args.seed, targets,
+                model, args.lora_r, args.lora_alpha, xgblora=args.xgblora, seed=args.seed, targets=args.targets,
                 freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
@@ -239,26 +238,14 @@ class Framework:
         model = self.model
         if args.sharded:
             self.shard()
-        collate = functools.partial(scoring.pack, plain=self.plain)
-        loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
-        weigh, size = functools.partial(shares.weight, classification=args.train_as_classification), shares.tokens
-        if self.objective:
-            weigh, size = len, lambda i: shares.tokens(self.trained[i])
-            examples = list(range(len(train_samples)))
-            collate = lambda rows: {"row": torch.tensor(rows)}  # noqa: E731
-            loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
         self.trainer = trainer = OurTrainer(
             model=model,
             args=args,
-            train_dataset=examples,
+            **self.lesson(train_samples, examples),
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
-            data_collator=shares.Share(collate, weigh, size, args.zo_parallel == "data", in_step=args.sharded),
-            loss_fn=loss_fn,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: scoring.mean_loss(
-                model, dev_examples, args.train_as_classification, self.plain, shares.score
-            ),
+            dev_loss_fn=lambda model: shares.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
             settings=settings,
             signals=signals,
         )
@@ -284,17 +271,30 @@ class Framework:
         trainer.refuse_unsaved()
         model.eval()
 
+    def lesson(self, train_samples, examples) -> dict:
+        """What is learned, as the trainer takes it: rows (with `--objective` their numbers), how a batch of them is
+        packed, and its loss."""
+        args = self.args
+        if self.objective:
+            dataset = list(range(len(examples)))
+            pack, weigh, size = lambda rows: {"row": torch.tensor(rows)}, len, lambda i: shares.tokens(examples[i])
+            loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
+        else:
+            dataset, pack, size = examples, functools.partial(scoring.pack, plain=self.plain), shares.tokens
+            weigh = functools.partial(shares.weight, classification=args.train_as_classification)
+            loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
+        share = shares.Share(pack, weigh, size, args.zo_parallel == "data", in_step=args.sharded)
+        return {"train_dataset": dataset, "data_collator": share, "loss_fn": loss_fn}
+
     def shard(self) -> None:
-        """`--fsdp`: from here on a rank has a part of each weight, on its device; no way leads back."""
-        model, lora, front, device = self.model, self.lora_module, scoring.trained_prefix(self.model), self.args.device
+        """`--fsdp`: from here on a rank has a part of each weight, on its device; this can't be undone."""
+        model, lora, front, device = self.model, self.lora_module, prefix.trained_prefix(self.model), self.args.device
         weights = parallel.fingerprint([*model.parameters()])
         parallel.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
         if lora:
-            lora.replaced.clear()  # the whole weights
-            for module in lora.lora_modules:
-                module.chain = module.chain and tuple(part.to(device) for part in module.chain)
+            lora.forget_whole_weights(device)
         if front:
-            front.places = [device] * len(front.places)
+            front.place(device)
         adapter = lora or front
         fsdp.shard(model, adapter.parameters() if adapter else (), device)
         self.choose_rows(model)

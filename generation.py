@@ -11,7 +11,8 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from placement import input_device
-from scoring import SHARED, TOKENS, beginning, common, parts, trained_prefix
+from prefix import trained_prefix
+from scoring import SHARED, TOKENS, beginning, common, parts
 
 CACHE = 192 * 2**20  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
 

@@ -22,12 +22,12 @@ import adapters
 from adapters import Booster, Round, Saved, layer_number
 from placement import execution_device, piece
 from streaming import NoCopies
-from utils import UsageError, layer_choice
+from utils import UsageError, ending_in, layer_choice
 
 logger = logging.getLogger(__name__)
 
-# Where a model has neither q_proj nor v_proj: the layers that PEFT takes for its model type.
-TARGETS = {
+QV = ("q_proj", "v_proj")
+TARGETS = {  # where a model has neither: the layers that PEFT takes for its model type
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
     "bloom": ("query_key_value",),
@@ -61,8 +61,8 @@ class LoRALinear(nn.Module):
             self.out_features, self.in_features = self.weight.T.shape if self.fan_in_fan_out else self.weight.shape
         else:
             self.out_features, self.in_features = base.out_features, base.in_features
-        empty = torch.zeros(0, device=execution_device(base))
-        self.lora_A, self.lora_B = nn.Parameter(empty.clone()), nn.Parameter(empty.clone())
+        device = execution_device(base)
+        self.lora_A, self.lora_B = (nn.Parameter(torch.zeros(0, device=device)) for _ in range(2))
         self.resize(r, alpha)
         self.chain: tuple[Tensor, Tensor] | None = None
         self.deltas: tuple[Tensor | None, Tensor] | None = None
@@ -125,9 +125,8 @@ class LoRA:
         self.model, self.xgblora, self.seed, self.freeze_a = model, xgblora, seed, freeze_a
         self.alpha, self.ranks, self.ensemble = alpha, list(ranks or [r]), ensemble
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        found = []
-        for wanted in (targets or ("q_proj", "v_proj"), TARGETS.get(model.config.model_type, ())):
-            found = found or [name for name in linear if any(f".{name}".endswith(f".{w}") for w in wanted)]
+        fused = TARGETS.get(model.config.model_type, ())
+        found = ending_in(linear, targets or QV) or ending_in(linear, targets or fused)
         if not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
             wanted = f" called {', '.join(targets)}" if targets else " to adapt"
@@ -169,10 +168,14 @@ class LoRA:
                 self.base[name] = module.weight.detach().to("cpu", copy=True)
                 self.sum[name] = torch.zeros(module.weight.shape, dtype=torch.float32)
             size = sum(w.nbytes for tensors in (self.base, self.sum) for w in tensors.values())
-            logger.info(
-                "XGBLoRA: W0 of %d layers and the sum of the chain: %.0f MB on the host", len(found), size / 1e6
-            )
+            logger.info("XGBLoRA: W0 of %d layers, the sum of the chain: %.0f MB on the host", len(found), size / 1e6)
         self._fresh()
+
+    def forget_whole_weights(self, device) -> None:
+        """For `--fsdp`: drop the replaced layers (nothing can be put back), bring an ensemble's factors to `device`."""
+        self.replaced.clear()
+        for module in self.lora_modules:
+            module.chain = module.chain and tuple(part.to(device) for part in module.chain)
 
     # ---- the live booster ----
 
@@ -253,12 +256,11 @@ class LoRA:
     def lowest(self) -> tuple[nn.ModuleList, int] | None:
         """The decoder layers of the model, and the number of the lowest one that this round adapts; what lies below is
         the same for every perturbation. None where adapted layers don't stand in one numbered list."""
-        names = [name for name, module in self.modules.items() if module.r]
-        numbers = [layer_number(name) for name in names]
-        stems = {name.partition(f".{number}.")[0] for name, number in zip(names, numbers, strict=True)}
-        if None in numbers or len(stems) != 1:
+        numbers = {name: layer_number(name) for name, module in self.modules.items() if module.r}
+        stems = {name.partition(f".{number}.")[0] for name, number in numbers.items()}
+        if None in numbers.values() or len(stems) != 1:
             return None
-        return self.model.get_submodule(stems.pop()), min(numbers)
+        return self.model.get_submodule(stems.pop()), min(numbers.values())
 
     # ---- the chain ----
 

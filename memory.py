@@ -15,7 +15,7 @@ import psutil
 import torch
 
 import parallel
-from shapes import TARGETS, Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
+from shapes import Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
 
 logger = logging.getLogger("run")
 
@@ -63,14 +63,15 @@ class Estimate:
         if self.needed <= self.free or args.device_map:  # which spreads the model over what there is
             return None
         part = max(FLAGS, key=lambda name: getattr(self, name))
-        flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args, args.trainer == "regular"))
+        flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args))
         most, sizes = getattr(self, part), f"{self.needed / 1e6:,.0f} MB, but {self.free / 1e6:,.0f} MB are free"
         said = f"this run needs about {sizes}; most of it ({part}, {most / 1e6:,.0f} MB) "
         return said + (f"gets less with {flags}" if flags else "is the model")
 
 
-def helps(flag: str, args, regular: bool) -> bool:
+def helps(flag: str, args) -> bool:
     """Whether a flag exists, means something to this run and is not taken yet."""
+    regular = args.trainer == "regular"
     return {
         "load_bfloat16": args.dtype.itemsize > 2,
         "load_int8": not args.load_int8
@@ -131,7 +132,7 @@ def activations(args, model: Shape, learned, evaluated, copies: Callable[[int], 
         else:
             held.append(forward * inference(model, p, size, copies(p.rows * p.length)))
     cached = args.zo_cache_activations and cpu
-    return max(held) + (sum(len(x.encodings[0]) for x in learned) * model.widths()[1] * size if cached else 0)
+    return max(held) + (sum(len(x.encodings[0]) for x in learned) * model.widths().hidden * size if cached else 0)
 
 
 def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int], file: int, new: int = 0) -> Estimate:
@@ -144,12 +145,13 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     if packed:
         weights += sum(o * i * (packed - size) + 4 * o * (packed == 1) for o, i in model.linear.values())
 
-    wanted = [[word.strip() for word in args.lora_targets.split(",")]] if args.lora_targets else TARGETS
-    targets = [model.linear[name] for name in next(filter(None, map(model.find, wanted)), [])]
+    targets = [model.linear[name] for name in model.targets(args.targets)]
     lora = sum((out + into) * max(args.ranks or [args.lora_r]) for out, into in targets)
     prefix = model.cached() * args.num_prefix
     adapter = 4.0 * {"lora": lora, "xgblora": lora, "prefix": prefix}.get(args.mode, 0)
-    trained = {"ft": model.parameters, "head": model.vocabulary * model.widths()[1]}.get(args.mode, 0) * size + adapter
+    trained = {"ft": model.parameters, "head": model.vocabulary * model.widths().hidden}.get(
+        args.mode, 0
+    ) * size + adapter
     if args.trainer == "regular":  # a gradient and Adam's two moments, in the dtype of what is trained
         optimizer = trained * (1 if args.optim.value.startswith(("sgd", "adafactor")) else 3)
     else:  # zo, of adapters: the flat fp32 master, z, and the moments

@@ -62,7 +62,8 @@ class AR1ZO(Method):
 
     def direction(self, noise: Noise, slot: Slot, step: int, query: int, rows, device):
         z = super().direction(noise, slot, step, query, rows, device)
-        for of_a, of_b in zip(*[iter(slot.split(z.view(-1)))] * 2, strict=True):  # A [r, in] and B [out, r] in turn
+        parts = slot.split(z.view(-1))  # A [r, in] and B [out, r] in turn
+        for of_a, of_b in zip(parts[::2], parts[1::2], strict=True):
             for matrix in (of_a, of_b.T):
                 atom = step % len(matrix)
                 matrix[:atom] = matrix[atom + 1 :] = 0

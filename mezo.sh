@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # MeZO with the recipe of its authors: MODE=ft|prefix|lora|xgblora TASK=SST2 bash mezo.sh [flags of run.py]
+#
+# MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft SEED=0; DATA_DIR: rows from there and not from the hub; NUM_GPU=n: n ranks
+# TRAIN=1000 DEV=500 EVAL=1000 rows (fewer for CB, Copa and WSC); BS=16 rows a step of each rank; LR, EPS: by mode
+# STEPS=20000 EVAL_STEPS=4000 XGBLORA_STEPS=1000; RECIPE=fast|atoms (run.py --help): MODE and XGBLORA_STEPS=25 follow
 set -euo pipefail
 
-RECIPE=${RECIPE:-}  # fast or atoms: see run.py --help
+RECIPE=${RECIPE:-}
 [ "$RECIPE" != atoms ] || MODE=${MODE:-lora}
 MODE=${MODE:-${RECIPE:+xgblora}}
 XGBLORA_STEPS=${XGBLORA_STEPS:-${RECIPE:+25}}
-XGBLORA_STEPS=${XGBLORA_STEPS:-1000}
 BS=${BS:-16}
 STEPS=${STEPS:-20000}
 EVAL_STEPS=${EVAL_STEPS:-4000}
-EPS=${EPS:-}  # this and LR empty: run.py takes the mode's value and prints it
+EPS=${EPS:-}
 source "$(dirname "$0")/recipe.sh"
 TRAIN=${TRAIN:-${SIZES[0]}}
 DEV=${DEV:-${SIZES[1]}}

@@ -70,7 +70,7 @@ def read_model(
     """The model in that dtype, in eval mode on its device, or spread by `device_map` (placement.py); `bits`: 8 or 4 for
     weights that bitsandbytes quantises. Raises UsageError where weights are missing."""
     if name.endswith(".gguf"):
-        return reading(name, lambda: starter.load_gguf(name, dtype))[0].to(device).eval()
+        return reading(name, lambda: starter.load_gguf(name, dtype)).to(device).eval()
     options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": trust}
     if bits:
         options |= {"quantization_config": quantization(bits, dtype), "device_map": {"": device}}

@@ -205,7 +205,7 @@ def together(fn: Callable) -> list:
 
 
 def first(fn: Callable):
-    """What `fn()` gives on rank 0, which alone calls it, for all ranks; it holds no exchange."""
+    """What `fn()` gives on rank 0, which alone calls it, for all ranks; so it may not exchange with them."""
     return together(lambda: fn() if leads() else None)[0]
 
 
@@ -222,27 +222,9 @@ class Signals(checkpoint.Signals):
 
     open: "Signals | None" = None  # while an evaluation may be left
 
-    def __init__(self, on: bool = False):
-        super().__init__(on)
-        self.heard = 0
-
-    def _note(self, number, frame) -> None:
-        if size() == 1:
-            super()._note(number, frame)
-            return
-        if self.heard and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.heard = number
-        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self.name)
-        self.leave()
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.heard).name
-
-    def leave(self) -> None:
-        if self.at_once and self.heard:
-            raise checkpoint.Interrupted(self.name)
+    def know(self) -> None:
+        if size() == 1:  # else with the next exchange
+            super().know()
 
     def agree(self, heard: Sequence[float]) -> None:
         """Take what the ranks have heard, each the number of a signal or 0."""

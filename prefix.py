@@ -1,8 +1,8 @@
 """Prefix tuning (arXiv 2101.00190): trained keys and values in front of every layer's own, which every token sees.
 
 They go into the model as a pre-filled key-value cache, with the mask widened and the positions of the prompt behind
-them, as in PEFT, in training, scoring and generation. No `forward` is patched. scoring.py and generation.py look for
-`model.prefix_tuning`.
+them, as in PEFT, in training, scoring and generation. No `forward` is patched: who runs the model asks for its
+`trained_prefix`.
 """
 
 import json
@@ -84,6 +84,10 @@ class PrefixTuning(nn.Module):
     def spread(self, deltas: Sequence[Tensor] | None) -> None:
         self.deltas = deltas
 
+    def place(self, device) -> None:
+        """The layers are on this device from here on."""
+        self.places = [device] * len(self.places)
+
     def folded(self) -> Tensor:
         """[n, length, layers · 2 · heads · D]: what stands in PEFT's `prompt_embeddings`, of each perturbation."""
         shown = [p[None] for p in self.parameters()]
@@ -147,6 +151,11 @@ class PrefixTuning(nn.Module):
             if saved is None or saved.shape != p.shape or not bool(saved.isfinite().all()):
                 raise UsageError(f"{file}: no finite {name} of shape {list(p.shape)}, which this model wants")
             p.copy_(saved)
+
+
+def trained_prefix(model: nn.Module) -> PrefixTuning | None:
+    """The prefix that stands in front of this model's layers, where there is one."""
+    return getattr(model, "prefix_tuning", None)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ NAME=$(basename "$0")
 MODEL=${MODEL:-facebook/opt-1.3b}
 TASK=${TASK:-SST2}
 SEED=${SEED:-0}
+XGBLORA_STEPS=${XGBLORA_STEPS:-1000}
 EVAL=${EVAL:-1000}
 DATA_DIR=${DATA_DIR:-}
 # Training rows that a task has beside 1,000 + 500; dev never eats them.
@@ -34,7 +35,7 @@ case "${MODE:=ft}" in
     ft) ;;
     prefix) TUNE+=(--prefix_tuning --num_prefix 5 --no_reparam --prefix_init_by_real_act) ;;
     lora) TUNE+=(--lora) ;;
-    xgblora) TUNE+=(--xgblora --xgblora_steps_per_iteration "${XGBLORA_STEPS:-1000}") ;;
+    xgblora) TUNE+=(--xgblora --xgblora_steps_per_iteration "$XGBLORA_STEPS") ;;
     *) echo "$NAME: unknown MODE '$MODE'; there are ft, prefix, lora, xgblora" >&2; exit 2 ;;
 esac
 [ -z "${LR:=}" ] || TUNE+=(--learning_rate "$LR")

@@ -11,6 +11,15 @@ from methods import get_method
 from tasks import GENERATION, METRICS, OPTIONS, TEXT, Own
 from utils import UsageError, layer_choice
 
+LEAST = {  # flag -> the least that it may be
+    "num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "train_set_seed": 0, "seed": 0,
+    "max_length": 2, "max_new_tokens": 1, "num_beams": 1, "top_k": 1,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "dataloader_num_workers": 0, "rank_check_steps": 0, "ddp_timeout": 1,
+    "lora_r": 1, "num_prefix": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0, "staged": 0, "export_rank": 1,
+    "xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_patience": 1, "xgblora_a_warmup": 0,
+}  # fmt: skip
+
 
 def check(args) -> None:
     """Raise UsageError for choices that exclude each other or lie out of range."""
@@ -70,6 +79,7 @@ def check(args) -> None:
     ranks = parallel.expected()
     boosts = args.xgblora and trains
     kind, _ = layer_choice(args.xgblora_layers)
+    method = get_method(args.zo_method)
 
     def set_one(*names: str) -> dict[str, bool]:
         """{name: whether it has another value than its default}."""
@@ -129,6 +139,14 @@ def check(args) -> None:
         "--zo_check needs --trainer zo": args.zo_check and not zo,
         "--recipe atoms is LoRA of rank 8, whose alpha another rank would not fit": args.recipe == "atoms"
         and (args.xgblora or args.lora_r not in (None, 8)),
+        f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a": zo
+        and method.full_only
+        and adapters,
+        f"--zo_method {args.zo_method} is for --lora or --xgblora with A and B trained": zo
+        and method.adapters_only
+        and (not lora or args.lora_freeze_a or args.xgblora_a_warmup),
+        f"--zo_method {args.zo_method} needs --zo_queries {method.least_queries} or more": zo
+        and args.zo_queries < method.least_queries,
         "--replay needs the flags of its run, --trainer zo among them": args.replay and not zo,
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
@@ -155,26 +173,12 @@ def check(args) -> None:
             raise UsageError(message)
     if args.device_map:
         placement.read_map(args.device_map)
-    method = get_method(args.zo_method)
-    if zo and method.full_only and adapters:
-        raise UsageError(f"--zo_method {args.zo_method} is for full fine-tuning; with adapters try --lora_freeze_a")
-    if zo and method.adapters_only and (not lora or args.lora_freeze_a or args.xgblora_a_warmup):
-        raise UsageError(f"--zo_method {args.zo_method} is for --lora or --xgblora with A and B trained")
-    if zo and args.zo_queries < method.least_queries:
-        raise UsageError(f"--zo_method {args.zo_method} needs --zo_queries {method.least_queries} or more")
     if not args.eos_token:
         raise UsageError("--eos_token is empty: an answer has to end somewhere")
     for name in ("seed", "train_set_seed"):
         if (getattr(args, name) or 0) >= 2**32:
             raise UsageError(f"--{name} is {getattr(args, name)}, but must be below 2**32")
-    at_least = {"num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "max_length": 2, "lora_r": 1}
-    at_least |= {"max_new_tokens": 1, "num_beams": 1, "top_k": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0}
-    at_least |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0}
-    at_least |= {"max_grad_norm": 0, "num_train_epochs": 0, "dataloader_num_workers": 0}
-    at_least |= {"num_prefix": 1, "xgblora_patience": 1, "xgblora_a_warmup": 0, "staged": 0, "export_rank": 1}
-    at_least |= {"rank_check_steps": 0, "ddp_timeout": 1}
-    at_least |= {"xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "train_set_seed": 0, "seed": 0}
-    for name, least in at_least.items():
+    for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise UsageError(f"--{name} is {value}, but must be at least {least}")
@@ -188,7 +192,7 @@ def check(args) -> None:
         raise UsageError(f"--learning_rate is {args.learning_rate}, but must be a number, 0 or more")
 
 
-def fit(args, task) -> None:
+def check_task(args, task) -> None:
     """Raise UsageError for choices that this task has no use for; `--non_diff` becomes the objective of its kind."""
     if task.kind != OPTIONS:
         for flag in ("train_as_classification", "sfc", "icl_sfc"):
@@ -212,7 +216,7 @@ def fit(args, task) -> None:
             raise UsageError(f"--linear_probing needs the same options in every row, which {task.name} has not")
 
 
-def fit_prefix(args) -> None:
+def check_prefix(args) -> None:
     """Raise UsageError for choices that a saved prefix (`--adapter`) has no use for."""
     for flag in ("lora", "xgblora", "boosters", "staged", "export_rank", "save_merged", "xgblora_ensemble"):
         if getattr(args, flag) not in (None, False, 0):

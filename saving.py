@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 import checkpoint
 import fsdp
 import parallel
-import scoring
+from prefix import trained_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class SavingTrainer(Trainer):
     @property
     def adapter(self):
         """What is trained beside a frozen model, a `LoRA` or a `PrefixTuning`; None trains parameters of the model."""
-        return self.lora_module or scoring.trained_prefix(self.model)
+        return self.lora_module or trained_prefix(self.model)
 
     # ---- evaluation ----
 

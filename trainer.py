@@ -113,13 +113,35 @@ class OurTrainer(SavingTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if parallel.size() > 1:
-            return self.exchange.step(self, super().training_step, model, inputs)
+            return self.shared_step(super().training_step, model, inputs)
         if not self.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs, weight = self._prepare_inputs(inputs), 1 / self.current_gradient_accumulation_steps
         losses = self.ask(model, inputs, self.method.points())
         self.zo.add(losses, weight)
         return torch.tensor(math.fsum(losses) / len(losses) * weight, device=self.args.device)
+
+    def shared_step(self, regular: Callable, model, inputs):
+        """`training_step` of one of several ranks; `regular(model, inputs)` is the library's. The exchange, and the
+        loss that is returned, come with the last micro-batch."""
+        inputs, exchange, zo = self._prepare_inputs(inputs), self.exchange, self.zeroth_order
+        exchange.part, load = inputs.pop("part"), inputs.pop("tokens")
+        points = self.method.points() if zo else [(0, 0.0)]
+        mine, losses = exchange.mine(points), []
+        if inputs and mine and zo:
+            weight = exchange.part / self.current_gradient_accumulation_steps
+            losses = [weight * loss for loss in self.ask(model, inputs, [points[i] for i in mine])]
+        elif inputs and mine:
+            losses = [float(regular(model, inputs))]  # compute_loss and the library have multiplied by both
+        exchange.add(dict(zip(mine, losses, strict=True)) if losses else {}, len(points), load * len(mine))
+        totals = [0.0]
+        if self.accelerator.sync_gradients:
+            totals = exchange.total()
+            if zo:
+                self.zo.add(totals)
+            else:
+                shares.add_gradients([p for p in parallel.trained(self.optimizer) if p.requires_grad])
+        return torch.tensor(math.fsum(totals) / len(totals), device=self.args.device)
 
     def ask(self, model, inputs, points) -> list[float]:
         """The loss of a batch at each of these points."""
@@ -159,7 +181,9 @@ class OurTrainer(SavingTrainer):
         self.model.eval()
         for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
             logger.info(line)
-        self.optimizer = None  # a resume makes it for the round that it goes on with
+        self.optimizer = (
+            None  # a resume may go on in a later round, whose adapters have other shapes, and makes its own
+        )
 
     def copies(self, inputs, points) -> int:
         if not self.takes_copies:

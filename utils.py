@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import re
 import resource
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -210,6 +211,11 @@ def peak_memory_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def ending_in(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """Names of modules that are one of `wanted`, or end in one behind a dot."""
+    return [name for name in names if any(f".{name}".endswith(f".{w}") for w in wanted)]
+
+
 def layer_choice(text: str) -> tuple[str, int]:
     """("all" | "top" | "random", N; 0 stands for half) of `all`, `top:N`, `random:N`; raises UsageError for others."""
     kind, _, number = text.partition(":")
@@ -217,4 +223,4 @@ def layer_choice(text: str) -> tuple[str, int]:
         return "all", 0
     if kind in ("top", "random") and (number == "half" or (number.isdecimal() and int(number) > 0)):
         return kind, 0 if number == "half" else int(number)
-    raise UsageError(f"layers {text!r}: there are all, top:N and random:N")
+    raise UsageError(f"layers {text!r}: there are all, top:N and random:N (N may be half)")

@@ -51,9 +51,12 @@ class Method:
     """Plain MeZO with n queries, and the seam on which other methods stand.
 
     `points()`: [(query, factor)], the loss is asked for at θ + factor · ε · z_query. `projected(losses, eps)`: one
-    projected gradient a query, of those losses. `direction(…)`: rows of z_query of one tensor. `update(values, zs)`:
-    the new values of some rows, from [(coefficient, rows of z)], in place; the coefficient holds rate, clip and
-    normaliser, and is what a trajectory keeps of a step. A method whose update needs more has `replayable = False`.
+    projected gradient a query, of one loss a point in the order of `points()`. `direction(…)`: rows of z_query of one
+    tensor, fp32 [len(rows), slot.width]; `rows` is a range, or int64 indices where an embedding looks rows up. With
+    adapters `slot.param` is one flat vector of all of them, of width 1, and `rows` is all of it. `update(values, zs)`:
+    the new values of some rows, from [(coefficient, rows of z)], in place, fp32 (fp64 of fp64 weights), each z of their
+    shape; the coefficient holds rate, clip and normaliser, and is what a trajectory keeps of a step. A method whose
+    update needs more has `replayable = False`.
     """
 
     replayable = True
@@ -122,6 +125,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.method, self.noise = method or Method(queries), Noise(seed, distribution)
         kind = type(self.method)
         self.plain = (kind.direction, kind.update) == (Method.direction, Method.update)  # what a kernel can do
+        # weight: DECAY^steps, for the bias correction; in_a_row: steps without a finite loss; zero: of equal losses
         self.scalars = {"step": 0, "mean_square": 0.0, "weight": 1.0, "skipped": 0, "in_a_row": 0, "zero": 0}
         self.losses = [0.0] * len(self.method.points())  # of the micro-batches so far
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
@@ -143,7 +147,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 for p in group["params"]:
                     slots.append(Slot(p, offset, index, group["weight_decay"]))
                     offset += p.numel()
-        for slot in slots:  # a GPU is waiting for launches, not for elements; a block holds a hundredth of the weights
+        for (
+            slot
+        ) in slots:  # on a GPU a launch costs more than a small block's elements: what is held at once takes 1/100
             if slot.param.is_cuda:
                 held = 1 if self.by_kernel(slot) and len(self.losses) <= 2 else 3 + len(self.losses)
                 slot.block = min(1 << 24, max(directions.BLOCK, offset // (100 * held)))

@@ -12,6 +12,7 @@ from test_trainer import framework  # noqa: F401 - a fixture
 import adapters
 import checkpoint
 import scoring
+import shares
 from arguments import parse
 from prompts import language_modelling
 from trainer import OurTrainer
@@ -235,7 +236,7 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: 
     assert made.trainer.dev_loss() == pytest.approx(expected, abs=1e-5)
     text = [language_modelling(x, True) for x in made.prompts.examples(rows)]
     expected = scoring.loss(made.model, scoring.pack(text), False).item()
-    assert scoring.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
+    assert shares.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
 
 
 # ---- what is kept, and how it is looked at ----

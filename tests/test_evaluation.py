@@ -52,7 +52,12 @@ CHOICES = ("--template", "{q} Answer:", "--candidates_column", "options", "--ans
 ANSWERS = ("--template", "{q} Answer:", "--answer_column", "a")
 TEXTS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)]
 CHAT = [
-    {"messages": [{"role": role, "content": f"{i}{said}"} for role, said in zip(("user", "assistant") * 2, "+-*/")]}
+    {
+        "messages": [
+            {"role": role, "content": f"{i}{said}"}
+            for role, said in zip(["user", "assistant"] * 2, "+-*/", strict=True)
+        ]
+    }
     for i in range(12)
 ]
 ZO = "--trainer zo --lora --max_steps 3 --num_train 8 --num_dev 4 --eval_strategy steps --eval_steps 1 --save_steps 1 "
@@ -116,7 +121,9 @@ def test_a_text_s_loss_is_the_mean_over_its_tokens(go, tmp_path, model_dir):
 def test_the_loss_that_is_trained_is_the_one_that_is_evaluated(go, tmp_path, chat_model, rows):
     data = write_own(tmp_path / "mine", rows, rows)
     flags = "--trainer zo --lora --max_steps 1 --num_train 12 --per_device_train_batch_size 12 --learning_rate 0"
-    result = go(f"--task_name own {flags} --zo_eps 1e-5 --logging_steps 1 --output_dir out", model=chat_model, data=data)
+    result = go(
+        f"--task_name own {flags} --zo_eps 1e-5 --logging_steps 1 --output_dir out", model=chat_model, data=data
+    )
     state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
     assert state["log_history"][0]["loss"] == pytest.approx(result["loss"], rel=1e-4)
 

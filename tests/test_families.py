@@ -1,6 +1,9 @@
 """Every model family, tiny and random: adapters, chains, steps, scores and answers are what the model itself gives.
 
-The table "Model families" in README.md says the same as `FACTS`.
+The table "Model families" in README.md says the same as `FACTS`: its targets are those of
+`test_targets_are_q_and_v_or_those_of_peft`, its scoring of `test_scores_are_those_of_one_row_a_candidate`, its full zo
+of `test_a_full_step_is_that_of_perturbed_weights`, its notes of `test_windows_decide_where_rows_may_be_longer`,
+`test_rows_are_no_longer_than_the_model_takes` and `test_models_with_images_are_refused`.
 """
 
 import json

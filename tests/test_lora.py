@@ -155,9 +155,10 @@ def test_boosters_are_of_rank_1():
         LoRA(tiny_model("opt"), r=8, alpha=16, xgblora=True)
 
 
-def test_a_model_without_the_layers_is_refused_with_those_it_has():
-    with pytest.raises(UsageError, match="down_proj"):
-        LoRA(tiny_model("llama"), r=1, alpha=16, targets=["nonsense"])
+@pytest.mark.parametrize(("family", "has"), [("llama", "down_proj"), ("gpt2", "c_attn")])
+def test_a_model_without_the_layers_is_refused_with_those_it_has(family, has):
+    with pytest.raises(UsageError, match=has):
+        LoRA(tiny_model(family), r=1, alpha=16, targets=["nonsense"])
 
 
 def test_tied_weights_stay_tied_and_untouched():

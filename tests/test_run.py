@@ -423,7 +423,7 @@ def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
     import starter
 
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    model, _ = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    model = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
     expected = tiny_model("llama").state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
