@@ -14,11 +14,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils import UsageError
 
 PREFIX = "base_model.model."  # of PEFT's names in adapter_model.safetensors
+# In PEFT's configuration: what makes an adapter more than B A beside a layer, and starts that move the base weights.
+BEYOND = (
+    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+MOVING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CONFIG, WEIGHTS, CHAIN = "adapter_config.json", "adapter_model.safetensors", "boosters.safetensors"
 
 
@@ -225,10 +231,11 @@ def adapter_config(directory) -> dict:
     numbers = [config["r"], config["lora_alpha"]]
     if not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) or type(config["r"]) is not int:
         raise UsageError(f"{path}: r {numbers[0]!r} and lora_alpha {numbers[1]!r} are no rank and alpha")
-    plain = {"use_dora": False, "modules_to_save": None, "bias": "none"}
+    odd = [name for name in BEYOND if config.get(name)]
     if not has_chain(directory):  # a chain knows the rank of each of its rounds
-        plain |= {"rank_pattern": {}, "alpha_pattern": {}}
-    odd = [name for name, value in plain.items() if (config.get(name) or value) != value]
+        odd += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    odd += ["init_lora_weights"] if str(config.get("init_lora_weights")).startswith(MOVING) else []
     if kind != "LORA" or odd or not isinstance(targets, list):
         raise UsageError(f"{path}: only plain LoRA is supported, not {', '.join(odd) or f'{kind} on {targets}'}")
     return config
@@ -251,4 +258,8 @@ def compress(rounds: Sequence[Round], rank: int) -> tuple[Round, float]:
         u, vh = u[:, : len(kept)] * root, vh[: len(kept)] * root[:, None]
         made[name] = Booster((vh @ q_a.T).float(), (q_b @ u).float(), 1.0)
         lost, whole = lost + float(s[rank:].square().sum()), whole + float(s.square().sum())
+    most = max(len(b.A) for b in made.values())
+    for name, b in made.items():  # every layer has the rank of the adapter, the missing part of it zeros
+        more = most - len(b.A)
+        made[name] = Booster(nn.functional.pad(b.A, (0, 0, 0, more)), nn.functional.pad(b.B, (0, more)), 1.0)
     return made, math.sqrt(lost / whole) if whole else 0.0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 import parallel
 import rules
@@ -72,6 +73,11 @@ class OurArguments(TrainingArguments):
     )  # fmt: skip
     offload_folder: str | None = flag(
         None, "model", "with --device_map: where layers go that can't be read from the model's own files"
+    )
+    no_auto_device: bool = flag(
+        False,
+        "model",
+        "of MeZO's commands: the model stays on one device, as it does here unless --device_map is given",
     )
     trust_remote_code: bool = flag(
         False, "model", "run the code that comes with a model; without it such a model is refused"
@@ -225,6 +231,8 @@ class OurArguments(TrainingArguments):
         self.best_by_task = self.metric_for_best_model is None and (
             self.load_best_model_at_end or self.save_strategy == "best"
         )
+        if self.metric_for_best_model and self.greater_is_better is None:  # the library knows "loss" only
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in LOWER
         self.eos_token = self.eos_token.replace("\\n", "\n")
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.remove_unused_columns = False
@@ -238,6 +246,8 @@ class OurArguments(TrainingArguments):
         self.sharded, self.fsdp = bool(self.fsdp), None  # by fsdp.py: the library takes GPUs only
         with parallel.hidden(apart=self.sharded and not self.use_cpu):
             super().__post_init__()
+        for name in set(self.report_to) - {"none", *get_available_reporting_integrations()}:
+            raise UsageError(f"--report_to {name}: its package is not installed")
         parallel.start(self.ddp_timeout, self.sharded)
         if not parallel.leads():
             self.disable_tqdm, self.log_level_replica = True, "error"
@@ -258,6 +268,10 @@ class OurArguments(TrainingArguments):
         return parallel.rank()
 
     local_process_index = process_index  # what one rank does alone, rank 0 does, and not one of each node
+
+    def to_dict(self) -> dict:
+        """All arguments; the library hides what is called a token, as if it were a secret."""
+        return {**super().to_dict(), "eos_token": self.eos_token}
 
     def announce(self) -> None:
         """The settings that matter, as they took effect, in one block; then what looks like a mistake."""
@@ -360,7 +374,8 @@ def take_recipe(parser: Parser, argv) -> None:
     parser.set_defaults(**recipe)
     chosen = parser.parse_known_args(argv)[0]
     if "learning_rate" in recipe:
-        parser.set_defaults(learning_rate=by_length(recipe["learning_rate"], chosen.max_steps))
+        steps = 0 if chosen.lr_scheduler_type == "constant" else chosen.max_steps
+        parser.set_defaults(learning_rate=by_length(recipe["learning_rate"], steps))
     if chosen.objective or chosen.non_diff or not chosen.xgblora_layers.startswith("top"):
         parser.set_defaults(zo_cache_activations=False)  # they have no use for it
 
@@ -377,7 +392,7 @@ def parse(argv=None) -> OurArguments:
         )
     except UsageError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)

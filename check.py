@@ -97,6 +97,8 @@ def advice(found: Findings, engine) -> list[str]:
         f"zo_check: {found.forwards} forwards: rounding noise of the loss {found.noise:.1e}, |g| {found.g:.2g}, of "
         f"which rounding {found.noise_share:.0%} and curvature {found.bend:.0%}; trace of the Hessian {found.trace:.2g}"
     ]
+    if not math.isfinite(found.g):
+        return [*lines, f"zo_check: the loss is no number at eps {engine.eps:g}"]
     window = f"between {low:.1e} and {high:.1e}" if low and high else f"above {low:.1e}" if low else "smaller"
     if found.noise_share > 0.5:
         lines.append(f"zo_check: eps {engine.eps:g} drowns in rounding; better is one {window}, or float32 weights")

@@ -147,7 +147,7 @@ def warnings(args) -> list[str]:
 INCIDENTAL = {
     "output_dir", "result_file", "predictions", "tag", "verbose", "overwrite", "no_eval", "num_eval", "save_model",
     "save_merged", "zo_check", "replay", "replay_steps", "staged", "export_rank",
-    "save_on_interrupt", "recipe", "device_map", "offload_folder",
+    "save_on_interrupt", "recipe", "device_map", "offload_folder", "no_auto_device",
     "logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "log_level", "run_name",
     "log_level_replica", "log_on_each_node", "report_to", "disable_tqdm", "save_steps", "save_strategy",
     "save_total_limit", "save_on_each_node", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",

@@ -38,7 +38,7 @@ from prompts import Prompts, Rows
 from tasks import GENERATION, METRICS, TEXT
 from trainer import TRAJECTORY, OurTrainer, copies
 from trajectory import Trajectory
-from utils import UsageError
+from utils import UsageError, ending_in
 
 logger = logging.getLogger("run")
 
@@ -100,9 +100,10 @@ class Framework:
                 made.load(args.adapter)
         elif args.adapter and args.trainer == "none":
             saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
+            names = [name for name, _ in model.named_modules()]
             self.lora_module = LoRA(
-                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
-                ensemble=args.xgblora_ensemble,
+                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, ensemble=args.xgblora_ensemble,
+                targets=[target for target in saved["target_modules"] if ending_in(names, [target])],
             )  # fmt: skip
         elif args.lora or args.xgblora:
             self.lora_module = LoRA(
@@ -191,7 +192,7 @@ class Framework:
         """The numbers of what was predicted: accuracy (fraction) and mean loss; f1 and em; loss and perplexity."""
         if self.task.kind == TEXT:
             loss = -sum(one["logprob"] for one in found) / sum(one["tokens"] for one in found)
-            return {"loss": loss, "perplexity": math.exp(loss)}
+            return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
         predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
         if self.task.kind == GENERATION:
             return {name: metrics.objective(name)(predictions, golds) for name in METRICS[GENERATION]}
@@ -232,6 +233,10 @@ class Framework:
             every = self.task.samples["train"]
             if len({str(sample.correct_candidate) for sample in every}) == 1:
                 raise UsageError(f"all {len(every)} training rows have one label: there is nothing to tell apart")
+        if args.dataloader_drop_last and len(examples) < args.train_batch_size:
+            raise UsageError(
+                f"--dataloader_drop_last leaves no batch of {args.train_batch_size} rows out of {len(examples)}"
+            )
         settings = self.settings(train_samples, dev_rows.samples)
         found = parallel.first(functools.partial(earlier, args, output_dir, settings))
         parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
@@ -265,6 +270,7 @@ class Framework:
             if trainer.signals.received:
                 trainer.refuse_unsaved()
             trainer.signals.check()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of --bf16: a rerun evaluates without it too
         trainer.finish(functools.partial(self.best_stage, dev_rows) if args.xgblora_best else None)
         if args.save_model:
             trainer.save_result(output_dir)
@@ -321,6 +327,8 @@ class Framework:
         differ = checkpoint.differences(saved, ours)
         if differ:
             raise UsageError(f"--replay {path} is of another run: {differ}")
+        if args.replay_steps is not None and Path(path).resolve().parent == output_dir.resolve():
+            raise UsageError(f"--replay_steps would overwrite the result of {path}: give another --output_dir")
         if (args.replay_steps or 0) > len(trajectory.coefficients):
             raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
         trainer = OurTrainer(model=self.model, args=args, processing_class=self.tokenizer, loss_fn=None)
@@ -336,6 +344,10 @@ class Framework:
         kept["batch"] = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
         kept["batch"] *= self.args.shares  # other ranks that share the same batch are the same run
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
+        if self.args.adapter:  # what it holds, wherever it lies
+            kept["adapter"] = checkpoint.fingerprint(checkpoint.weights(self.args.adapter))
+        for name in ("zo_method", "objective"):
+            kept[name] = source(kept[name])
         kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
         kept["model"] = checkpoint.fingerprint([config, checkpoint.weights(self.args.model_name)])
@@ -352,6 +364,12 @@ class Framework:
         _ = self.model  # loading it makes the adapters
         lost = self.lora_module.export(directory, self.args.export_rank)
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
+
+
+def source(name: str | None) -> str | None:
+    """Of `file.py:name` what stands in the file, wherever it lies; another name as it is."""
+    path, _, attribute = (name or "").rpartition(":")
+    return f"{checkpoint.fingerprint(Path(path).read_text())}:{attribute}" if path else name
 
 
 def earlier(args: OurArguments, output_dir: Path, settings: dict) -> str | None:

@@ -127,9 +127,10 @@ class LoRA:
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         fused = TARGETS.get(model.config.model_type, ())
         found = ending_in(linear, targets or QV) or ending_in(linear, targets or fused)
-        if not found:
+        lacking = [target for target in targets or () if not ending_in(linear, [target])]
+        if lacking or not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            wanted = f" called {', '.join(targets)}" if targets else " to adapt"
+            wanted = f" called {', '.join(lacking)}" if lacking else " to adapt"
             raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
         kind, n = layer_choice(layers)
         numbers = sorted({layer_number(name) for name in found} - {None})
@@ -232,8 +233,8 @@ class LoRA:
         active = {name: module for name, module in self.modules.items() if module.r}
         factors = [p.detach() for module in active.values() for p in (module.lora_A, module.lora_B)]
         flat = torch.cat([p.flatten().cpu() for p in factors])
-        pieces = iter(flat.split([p.numel() for p in factors]))
-        shaped = iter([piece.view(p.shape) for piece, p in zip(pieces, factors, strict=True)])
+        sizes = [p.numel() for p in factors]
+        shaped = (part.view(p.shape) for part, p in zip(flat.split(sizes), factors, strict=True))
         return {name: Booster(next(shaped), next(shaped), module.scaling) for name, module in active.items()}
 
     def trained(self) -> bool:
@@ -387,12 +388,11 @@ class LoRA:
         Raises UsageError where it does not fit this model."""
         shapes = {name: (m.in_features, m.out_features) for name, m in self.modules.items()}
         saved = adapters.load(directory, shapes, self.xgblora)
-        rounds, lengths = saved.rounds, saved.lengths
+        (*chain, last), lengths = saved.rounds, saved.lengths
         if not self.xgblora and boosters is not None:
             raise UsageError(f"--boosters {boosters}: {directory} has no chain of boosters")
         self.round = saved.round
         self._fresh()
-        *chain, last = rounds
         fits = {name: len(b.A) for name, b in last.items()} == {n: m.r for n, m in self.modules.items() if m.r}
         if not self.xgblora and not fits:
             rank = len(next(iter(last.values())).A)
@@ -400,6 +400,8 @@ class LoRA:
         if self.xgblora and not (live and fits and boosters is None):
             if any(bool(b.B.any()) for b in last.values()):
                 chain, lengths = [*chain, last], [*lengths, 1.0]
+                self.round += 1  # its A is not that of the booster
+                self._fresh()
             last = {}
         if boosters is not None and boosters > len(chain):
             raise UsageError(f"--boosters {boosters}: {directory} has a chain of {len(chain)} boosters")
@@ -408,9 +410,8 @@ class LoRA:
             self.truncate(len(self.boosters))
         for name, booster in last.items():
             module = self.modules[name]
-            with torch.no_grad():
-                module.lora_A.copy_(booster.A)
-                module.lora_B.copy_(booster.B)
+            module.lora_A.data.copy_(booster.A)
+            module.lora_B.data.copy_(booster.B)
             module.scaling = booster.scaling
 
 

@@ -80,6 +80,7 @@ def table(directory: Path) -> list[str]:
         # the file of several sets holds nothing that the files of the sets don't
         if result and len(result["sets"]) == 1:
             kept = {name: value for name, value in result["args"].items() if name not in APART}
+            kept["each its own"] = result["sets"][0].get("train_set") is None  # demonstrations drawn for each example
             rows.setdefault(json.dumps(kept, sort_keys=True), []).append(result)
     lines = [f"{'task':12} {'model':24} {'mode':8} {'trainer':8} {'runs':>4} {'metric':10} {'mean':>8} {'±':>7}"]
     for results in rows.values():

@@ -47,6 +47,11 @@ def check(args) -> None:
         ("--objective", "--zo_check (such a loss has steps)"): args.objective and args.zo_check,
         (f"--load_int{args.bits}", "--save_merged"): args.bits and args.save_merged,
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
+        ("--fp16_full_eval", "--trainer (load float16 weights with --load_float16)"): args.fp16_full_eval,
+        ("--bf16_full_eval", "--trainer (load bfloat16 weights with --load_bfloat16)"): args.bf16_full_eval,
+        ("--device_map", "--no_auto_device"): args.device_map and args.no_auto_device,
+        ("--replay", "--staged and --predictions (it evaluates nothing)"): args.replay
+        and (args.staged or args.predictions),
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
         ("--fsdp", f"--load_int{args.bits}"): args.fsdp and args.bits,
         ("--fsdp", "--deepspeed"): args.fsdp and args.deepspeed,
@@ -90,7 +95,9 @@ def check(args) -> None:
                           "xgblora_best")  # fmt: skip
     of_lora = set_one("lora_r", "lora_alpha")
     of_zo = set_one("zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_method")
+    of_regular = set_one("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
     needs = {
+        **{f"--{name} needs --trainer regular": on and zo for name, on in of_regular.items()},
         "--recipe needs --trainer zo": args.recipe and not zo,
         **{f"--{name} needs --xgblora": on and not args.xgblora for name, on in of_boosting.items()},
         **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in of_training.items()},
@@ -175,9 +182,10 @@ def check(args) -> None:
         placement.read_map(args.device_map)
     if not args.eos_token:
         raise UsageError("--eos_token is empty: an answer has to end somewhere")
-    for name in ("seed", "train_set_seed"):
-        if (getattr(args, name) or 0) >= 2**32:
-            raise UsageError(f"--{name} is {getattr(args, name)}, but must be below 2**32")
+    last = (args.train_set_seed or 0) + (args.num_train_sets or 1) - 1
+    for name, value in (("seed", args.seed), ("train_set_seed", last)):
+        if value >= 2**32:
+            raise UsageError(f"--{name} is {value}, but must be below 2**32")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):

@@ -39,6 +39,8 @@ def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
     wanted = args.num_train
     if wanted is None:
         wanted = available - dev if args.learns else 0
+    if wanted + dev > available or (args.learns and wanted < 1):
+        raise UsageError(f"--num_train {wanted} and --num_dev {dev}: {task.name} has {available} training rows in all")
     if args.num_train_sets is None and args.train_set_seed is None:
         if not args.learns:
             return [(None, [], [])]
@@ -46,8 +48,6 @@ def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
     else:
         first = args.train_set_seed or 0
         seeds = range(first, first + (args.num_train_sets or 1))
-    if wanted + dev > available or (args.learns and wanted < 1):
-        raise UsageError(f"--num_train {wanted} and --num_dev {dev}: {task.name} has {available} training rows in all")
     sets = []
     for seed in seeds:
         rows = task.sample_subset("train", seed, wanted + dev)
@@ -120,7 +120,10 @@ def write_models(framework: Framework, output_dir: Path) -> None:
 
 def replay(args: OurArguments) -> int:
     """`--replay`: the trained weights again, from the pretrained model and a few kilobytes."""
-    start, output_dir = time.perf_counter(), args.run_dir(args.train_set_seed or args.seed)
+    start, output_dir = (
+        time.perf_counter(),
+        args.run_dir(args.seed if args.train_set_seed is None else args.train_set_seed),
+    )
     args.announce()
     with checkpoint.locked(output_dir):
         framework = Framework(args, None)
@@ -164,7 +167,8 @@ def main(argv=None) -> int:
         task = get_task(args.task_name, args.data_dir, args.own, args.metric)
         sets = draw(args, task)
         path = results.path_of(args, [seed for seed, _, _ in sets])
-        for flag, file in (("--result_file", path), ("--predictions", args.predictions)):
+        made = Path(args.output_dir) / "config.json" if args.save_merged or args.export_rank else None
+        for flag, file in (("--result_file", path), ("--predictions", args.predictions), ("--output_dir", made)):
             if file:
                 checkpoint.refuse_unwritable(file, flag)
         args.announce()

@@ -82,7 +82,10 @@ class OurTrainer(SavingTrainer):
         if not self.zeroth_order:
             for p in self.lora_module.parameters() if self.lora_module else ():  # those too that a later round trains
                 p.requires_grad_(True)
-            super().create_optimizer(model)
+            try:
+                super().create_optimizer(model)
+            except (ValueError, ImportError) as error:
+                raise UsageError(f"--optim {args.optim}: {error}") from error
             self.optimizer.register_load_state_dict_pre_hook(fsdp.divide_state)
             if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)
@@ -308,7 +311,7 @@ class OurTrainer(SavingTrainer):
             scheduler = super().create_scheduler(
                 self.boosting.round_steps if restarts else num_training_steps, optimizer
             )
-        except ValueError as error:  # what its --lr_scheduler_kwargs lack
+        except (ValueError, TypeError) as error:  # what its --lr_scheduler_kwargs lack, or have
             raise UsageError(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}: {error}") from error
         if not restarts:
             return scheduler

@@ -26,11 +26,14 @@ class UsageError(ValueError):
 def from_file(name: str):
     """What `file.py:name` stands for, or None where there is no such file or nothing of that name in it."""
     path, _, attribute = name.rpartition(":")
-    if not path or not Path(path).is_file():
+    if not path.endswith(".py") or not Path(path).is_file():
         return None
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{path}, line {error.lineno}: {error.msg}") from error
     return getattr(module, attribute, None)
 
 

@@ -155,6 +155,12 @@ class ZerothOrder(torch.optim.Optimizer):
                 slot.block = min(1 << 24, max(directions.BLOCK, offset // (100 * held)))
         return slots
 
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's: z runs through the new parameters behind the others'. Momentum begins anew."""
+        super().add_param_group(param_group)
+        if "slots" in vars(self):
+            self.restart()
+
     @torch.no_grad()
     def load_master(self) -> None:
         """Read the parameters as they stand into the fp32 master; call it after writing to them from outside."""
@@ -376,9 +382,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Groups, the run's scalars and coefficients; the master only where the parameters can't hold its bits."""
         kept = {i: slot.param for i, slot in enumerate(self.slots) if any(p.dtype != torch.float32 for p in slot.parts)}
-        trajectory = {"coefficients": self.trajectory.coefficients, "rates": self.trajectory.rates}
         inner = self.inner.state_dict() if self.inner else None
-        state = {"zo": dict(self.scalars), "master": kept, "trajectory": trajectory, "inner": inner}
+        state = {"zo": dict(self.scalars), "master": kept, "trajectory": dict(vars(self.trajectory)), "inner": inner}
         return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 from test_trainer import framework  # noqa: F401 - a fixture
 
@@ -240,6 +241,22 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: 
 
 
 # ---- what is kept, and how it is looked at ----
+
+
+def test_layers_that_few_rounds_drew_have_the_rank_of_the_export(go):  # noqa: F811
+    flags = "--trainer zo --xgblora --xgblora_layers random:1 --xgblora_steps_per_iteration 1 --max_steps 4"
+    result = go(f"{flags} --learning_rate 5e-2 --export_rank 4 --output_dir out")
+    exported = go("--trainer none --num_train 0 --adapter out/rank4")  # whole: no layer has more than four boosters
+    assert exported["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
+def test_a_round_begins_with_an_a_of_its_own_where_a_live_booster_is_merged_first(go):  # noqa: F811
+    flags = "--trainer zo --xgblora --lora_freeze_a --xgblora_steps_per_iteration 2 --learning_rate 5e-2 --save_steps 1"
+    go(f"{flags} --max_steps 5 --output_dir out")
+    go(f"{flags} --max_steps 1 --adapter out/checkpoint-5 --boosters 3 --output_dir more")
+    chain = load_file("more/checkpoint-1/boosters.safetensors")
+    rows = [one.tobytes() for one in next(v for k, v in chain.items() if k.endswith(".A")).numpy()]
+    assert len(rows) == len(set(rows)) == 4
 
 
 def test_the_best_prefix_on_dev_is_kept(go, caplog):  # noqa: F811

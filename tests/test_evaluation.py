@@ -198,10 +198,14 @@ def test_no_dev_rows_is_a_number_of_dev_rows(go):
     assert with_none["loss"] == without["loss"] and "dev_loss" not in with_none
 
 
-@pytest.mark.parametrize(("rows", "flags", "metric"), [(TEXTS, (), "perplexity"), (QUESTIONS, CHOICES, "macro_f1")])
+@pytest.mark.parametrize(
+    ("rows", "flags", "metric"),
+    [(TEXTS, "--metric", "perplexity"), (TEXTS, "--metric_for_best_model", "perplexity"),
+     (QUESTIONS, "--metric", "macro_f1")],
+)  # fmt: skip
 def test_another_metric_chooses_the_best_checkpoint(go, tmp_path, rows, flags, metric):
-    data = write_own(tmp_path / "mine", rows)
-    result = go(f"--task_name own {ZO} --metric {metric} --output_dir out", *flags, data=data)
+    data, more = write_own(tmp_path / "mine", rows), CHOICES if rows is QUESTIONS else ()
+    result = go(f"--task_name own {ZO} {flags} {metric} --output_dir out", *more, data=data)
     state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
     assert result["args"]["metric_for_best_model"] == metric and metric in result
     measured = [entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry]

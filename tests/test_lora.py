@@ -240,6 +240,11 @@ BAD_ADAPTERS = {
     "NaN": damaged(lambda t: t[FIRST].fill_(math.nan)),
     "No such file": lambda path: (path / "adapter_config.json").unlink(),
     "not the configuration": lambda path: (path / "adapter_config.json").write_text("{}"),
+    "only plain LoRA is supported, not init_lora_weights": lambda path: (path / "adapter_config.json").write_text(
+        (path / "adapter_config.json")
+        .read_text()
+        .replace('"lora_dropout"', '"init_lora_weights": "pissa", "lora_dropout"')
+    ),
     "only plain LoRA": lambda path: (path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "use_dora": True})
     ),

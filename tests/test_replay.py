@@ -35,6 +35,15 @@ def test_any_number_of_steps_can_be_rebuilt(go):  # noqa: F811
     go(f"{BOOST} --replay {trajectory()} --replay_steps 8 --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out/checkpoint-8")  # two boosters, nothing live yet
     go(f"{BOOST} --replay {trajectory()} --replay_steps 12 --output_dir again", status=2)
+    before = adapter_bytes("out")
+    go(f"{BOOST} --replay {trajectory()} --replay_steps 8", status=2)  # would overwrite the run's own result
+    assert adapter_bytes("out") == before
+
+
+def test_the_check_says_where_the_loss_is_no_number(go, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    go("--trainer zo --load_float16 --max_steps 1 --zo_check --zo_eps 1000")
+    assert "the loss is no number at eps 1000" in caplog.text and " fit (" not in caplog.text
 
 
 def test_the_best_checkpoint_is_what_is_rebuilt(go):  # noqa: F811

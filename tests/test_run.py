@@ -222,6 +222,34 @@ def test_another_model_or_other_data_in_the_same_directory_is_refused(go, capsys
     assert "data " in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_an_adapter_is_known_by_what_it_holds(go, capsys):
+    for name, seed in (("one", 1), ("two", 2), ("here", 1)):
+        go(f"{BOOST.replace('--output_dir out', f'--output_dir {name}')} --seed {seed} --save_model")
+    more = in_folder("more")
+    go(f"{more} --adapter here")
+    go(f"{more} --adapter one/")  # the same bytes in another place
+    go(f"{more} --adapter two", status=2)
+    assert "adapter " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_argument_is_hidden_as_a_secret():
+    assert run.parse(["--eos_token", "."]).to_dict()["eos_token"] == "."
+
+
+@pytest.mark.parametrize("trainer", ["zo", "regular"])
+def test_a_run_under_autocast_is_evaluated_as_its_rerun_is(go, trainer):
+    flags = f"--trainer {trainer} --lora --max_steps 3 --bf16 --use_cpu --output_dir out"
+    assert go(flags)["loss"] == go(flags)["loss"]
+
+
+def test_a_table_keeps_ways_of_drawing_demonstrations_apart(go, tmp_path):
+    (tmp_path / "kept").mkdir()
+    for i, more in enumerate(("", "--train_set_seed 0", "--train_set_seed 1")):
+        go(f"--num_train 2 {more}")
+        (tmp_path / "result.json").rename(tmp_path / "kept" / f"{i}.json")
+    assert sorted(row.split()[4] for row in results.table(tmp_path / "kept")[1:] if " loss " in row) == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     "eval_steps, values", [(2, (0.1, 0.9, 0.2, 0.3)), (1, (0.1, 0.2, 0.3, 0.8, 0.9, 0.7, 0.1, 0.1))]
 )
@@ -331,7 +359,9 @@ def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
 
     assert rate(400) == rate(1500) == 1e-2 and rate(1500, "--recipe atoms") == 5e-4 == 2 * rate(6000, "--recipe atoms")
     assert 1500 * rate(1500) ** 2 == pytest.approx(20000 * rate(20000) ** 2)  # Σ η² stays
-    assert rate(20000, "--recipe fast --lr_scheduler_type constant") == 1e-2  # such a run may go on and on
+    for recipe in ("fast", "atoms"):  # a run at a constant rate may go on and on
+        constant = f"--recipe {recipe} --lr_scheduler_type constant"
+        assert rate(20000, constant) == rate(400, constant)
     assert rate(20000, "--recipe fast --zo_normalize False") == rate(400, "--recipe fast --zo_normalize False")
 
 
