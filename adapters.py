@@ -108,6 +108,7 @@ def save(
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CHAIN).unlink(missing_ok=True)  # of an earlier run
     if chain:
         firsts = [next(iter(boosters.values())) for boosters in saved.rounds]
         about = {
@@ -118,6 +119,12 @@ def save(
             about["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
         # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
         save_file(unfolded, directory / CHAIN, metadata={"chain": json.dumps(about)})
+
+
+def remove(directory) -> None:
+    """Remove an adapter, and leave what else lies there."""
+    for name in (CONFIG, WEIGHTS, CHAIN):
+        (Path(directory) / name).unlink(missing_ok=True)
 
 
 def load(directory, shapes: dict[str, tuple[int, int]], chain: bool) -> Saved:

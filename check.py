@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 
 from utils import UsageError
+from zo import Method
 
 FACTORS = (1.0, 1 / 4, 1 / 16)
 PROBE = -1  # the step whose directions are asked for: no training step has it
@@ -66,6 +67,9 @@ def check(engine, closure, directions: int = 8) -> Findings:
     weighted = fmean(c * x * x for c, x in zip(curvature, g[1.0], strict=True))
     largest = 2 * seen**2 / weighted if weighted > 0 else math.inf
     largest *= engine.method.queries * (seen if engine.normalize else 1.0)
+    largest *= {"sgd": 1.0, "momentum": 0.1}.get(engine.optim, math.nan)  # steps of 1 / (1 - 0.9); of another kind
+    if type(engine.method).projected is not Method.projected:  # in units of its own
+        largest = math.nan
     low = noise_of_g * eps / (0.1 * true) if noise else None
     high = eps * math.sqrt(0.1 * true / bend) if bend > 0.01 * true else None
 
@@ -112,5 +116,7 @@ def advice(found: Findings, engine) -> list[str]:
             "--xgblora) or float32 keep them"
         )
     if len(lines) == 1:
-        lines.append(f"zo_check: eps {engine.eps:g} and learning rate {lr:g} fit (largest: {found.largest_lr:.1e})")
+        rate = f" and learning rate {lr:g} fit (largest: {found.largest_lr:.1e})"
+        unknown = f" fits; how large a rate --zo_optim {engine.optim} and this method take can't be told so"
+        lines.append(f"zo_check: eps {engine.eps:g}" + (unknown if math.isnan(found.largest_lr) else rate))
     return lines

@@ -246,7 +246,7 @@ def is_full(error: BaseException) -> bool:
 def rotate(output_dir, limit: int | None, keep: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, never the newest nor `keep`."""
     paths = completed(output_dir)
-    spared = {paths[-1], Path(keep) if keep else None}
+    spared = {paths[-1], Path(keep)} if keep else {paths[-1]}
     excess = len(paths) - max(limit, len(spared)) if limit else 0
     for path in [path for path in paths if path not in spared][: max(0, excess)]:
         shutil.rmtree(path, ignore_errors=True)

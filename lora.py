@@ -279,21 +279,21 @@ class LoRA:
         live = {name: Booster(b.A, b.B, b.scaling * length) for name, b in self.live.items()}
         self.round += 1
         if length:
-            self._append(live, length)
+            self._append([live], [length])
             self._show(live)
         self._fresh()
 
-    def _append(self, booster: Round, length: float) -> None:
-        """Put a booster at the end of the chain and into its fp32 sum, or into the adapter of the ensemble."""
-        self.boosters.append(booster)
-        self.lengths.append(length)
-        for name, b in booster.items():
-            module = self.modules[name]
-            if self.ensemble:
-                new = [t.to(module.lora_B.device) for t in (b.A, b.folded)]
-                old = module.chain or [t[:0] if i == 0 else t[:, :0] for i, t in enumerate(new)]
-                module.chain = (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]], dim=1))
-            else:
+    def _append(self, rounds: list[Round], lengths: list[float]) -> None:
+        """Put boosters at the end of the chain and into its fp32 sum, or into the adapter of the ensemble."""
+        self.boosters += rounds
+        self.lengths += lengths
+        for name, module in self.modules.items():
+            own = [boosters for boosters in rounds if name in boosters]
+            if self.ensemble and own:
+                A, B = (t.to(module.lora_B.device) for t in adapters.side_by_side(own, name, fold=True))
+                old = module.chain or (A[:0], B[:, :0])
+                module.chain = (torch.cat([old[0], A]), torch.cat([old[1], B], dim=1))
+            for b in () if self.ensemble else (boosters[name] for boosters in own):
                 self.sum[name].add_(module.oriented(b.folded @ b.A))
 
     def _show(self, changed: Round) -> None:
@@ -322,14 +322,13 @@ class LoRA:
     @torch.no_grad()
     def truncate(self, k: int) -> None:
         """Keep the first k boosters; the sum is made anew in their order, so that its bits are those of k merges."""
-        kept = list(zip(self.boosters[:k], self.lengths[:k], strict=True))
+        kept = self.boosters[:k], self.lengths[:k]
         self.boosters, self.lengths = [], []
         for name, module in self.modules.items():
             module.chain = None
             if not self.ensemble:
                 self.sum[name].zero_()
-        for booster, length in kept:
-            self._append(booster, length)
+        self._append(*kept)
         self._show(dict.fromkeys(self.modules))
 
     def staged(self, every: int = 1) -> Iterator[int]:
@@ -339,7 +338,7 @@ class LoRA:
         yield 0
         for k, (booster, length) in enumerate(chain, 1):
             with torch.no_grad():
-                self._append(booster, length)
+                self._append([booster], [length])
                 self._show(dict.fromkeys(self.modules))
             if k % every == 0 or k == len(chain):
                 yield k

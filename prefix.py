@@ -132,6 +132,7 @@ class PrefixTuning(nn.Module):
         (directory / adapters.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         folded = {"prompt_embeddings": self.folded()[0].cpu().contiguous()}
         save_file(folded, directory / adapters.WEIGHTS, metadata={"format": "pt"})
+        (directory / EXACT).unlink(missing_ok=True)  # of an earlier run
         if self.reparam:
             save_file({name: p.detach().cpu() for name, p in self.named_parameters()}, directory / EXACT)
 

@@ -98,6 +98,7 @@ def check(args) -> None:
     of_regular = set_one("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
     needs = {
         **{f"--{name} needs --trainer regular": on and zo for name, on in of_regular.items()},
+        "--max_steps 0 trains nothing: --trainer none evaluates": trains and args.max_steps == 0,
         "--recipe needs --trainer zo": args.recipe and not zo,
         **{f"--{name} needs --xgblora": on and not args.xgblora for name, on in of_boosting.items()},
         **{f"--{name} needs --xgblora and a --trainer": on and not boosts for name, on in of_training.items()},

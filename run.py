@@ -7,6 +7,7 @@
 arguments.py, what is done with a model and a task in framework.py, what a step is in trainer.py and zo.py.
 """
 
+import gc
 import json
 import logging
 import pickle
@@ -175,6 +176,7 @@ def main(argv=None) -> int:
         measured = []
         for one in sets:
             measured.append(run_set(args, task, *one))
+            gc.collect()  # the trainer and its callbacks hold each other, and the model, while the next one loads
             if len(sets) > 1 and parallel.leads():
                 results.write(results.set_path(path, one[0]), args, measured[-1:])
         if not parallel.leads():

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+import adapters
 import checkpoint
 import fsdp
 import parallel
@@ -37,6 +38,15 @@ class Stopping(TrainerCallback):
         if self.trainer.signals.received:
             self.trainer.save_out_of_turn = not control.should_save
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The loop comes here too where it leaves an epoch in its middle: nothing is due there."""
+        if not self.trainer.signals.received:
+            return
+        if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
+            self.trainer.save_out_of_turn &= not control.should_save
+        else:
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 class SavingTrainer(Trainer):
@@ -82,12 +92,15 @@ class SavingTrainer(Trainer):
             self.save_out_of_turn |= not self.control.should_save
             self.state.stateful_callbacks[OWED] = True
             self._save_checkpoint(model, trial)
+            self.refuse_unsaved()
             raise
 
     def make_up(self) -> None:
         """The evaluation that was cut off at this step, as the loop does it."""
-        metrics = self._evaluate(None, None)
-        self._determine_best_metric(metrics=metrics, trial=None)
+        metrics, step = self._evaluate(None, None), self.state.global_step
+        if self._determine_best_metric(metrics=metrics, trial=None) and self.args.save_strategy == "best":
+            extra = self.state.stateful_callbacks.get(EXTRA, [])  # an undisturbed run would have saved this one
+            self.state.stateful_callbacks[EXTRA] = [other for other in extra if other != step]
         self._name_best()
 
     # ---- checkpoints ----
@@ -99,6 +112,7 @@ class SavingTrainer(Trainer):
         if self.adapter:
             self.adapter.save_pretrained(output_dir)
         else:
+            adapters.remove(output_dir)  # of an earlier run: it would be loaded on top
             self.model.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
@@ -111,8 +125,9 @@ class SavingTrainer(Trainer):
         if parallel.size() > 1:
             weights = parallel.fingerprint(parallel.everything(self.model, self.optimizer))
             parallel.refuse_divergence(weights, f"weights at step {self.state.global_step}")
-        if self.save_out_of_turn:
-            self.state.stateful_callbacks.setdefault(EXTRA, []).append(self.state.global_step)
+        step, extra = self.state.global_step, self.state.stateful_callbacks.pop(EXTRA, [])
+        if extra := [other for other in extra if other != step] + [step] * self.save_out_of_turn:
+            self.state.stateful_callbacks[EXTRA] = extra
 
         def write():
             self._write_checkpoint(model, trial)

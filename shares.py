@@ -48,9 +48,9 @@ def cuts(sizes: Sequence[int], ranks: int) -> list[range]:
 
 
 class Share:
-    """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `part`, the fraction of
-    the batch's loss that is theirs, and `tokens`, how many they are; a rank without a row gets nothing else, or one row
-    for nothing where all have to run `in_step`.
+    """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `weight`, how much the
+    batch counts; of several ranks also `part`, the fraction of its loss that is theirs, and `tokens`, how many they
+    are. A rank without a row gets nothing else, or one row for nothing where all have to run `in_step`.
 
     Args:
         pack(rows) -> batch. weight(rows): of how many things the loss is the mean. size(row): its tokens.
@@ -63,13 +63,14 @@ class Share:
 
     def __call__(self, batch: Sequence[Example]) -> dict[str, Tensor | float]:
         ranks, rows = parallel.size(), batch
+        about = {"weight": self.weight(batch)}
         if ranks == 1:
-            return self.pack(batch)
+            return {**self.pack(batch), **about}
         if self.divides and self.stored:
             rows = [x for x in batch if x.places is not None]
         elif self.divides:
             rows = [batch[i] for i in balanced([self.size(x) for x in batch], ranks)[parallel.rank()]]
-        about = {"part": self.weight(rows) / self.weight(batch), "tokens": sum(map(self.size, rows))}
+        about |= {"part": self.weight(rows) / about["weight"], "tokens": sum(map(self.size, rows))}
         if self.in_step and not rows:
             rows = batch[:1]  # its part is 0
         return {**self.pack(rows), **about} if rows else about
@@ -82,7 +83,7 @@ class Exchange:
     """
 
     def __init__(self, queries: bool, signals: parallel.Signals):
-        self.queries, self.signals, self.part = queries, signals, 1.0
+        self.queries, self.signals = queries, signals
         self.sums: list[float] = []  # of this rank's micro-batches so far
         self.load = 0  # tokens that they are
         self.steps, self.bytes, self.seconds, self.most, self.mean = 0, 0, 0.0, 0, 0.0  # of all steps, for the report

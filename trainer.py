@@ -26,7 +26,7 @@ import shares
 from boosting import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
 from check import advice, check, rounding_walk
 from methods import get_method
-from saving import SavingTrainer, Stopping
+from saving import OWED, SavingTrainer, Stopping
 from trajectory import Trajectory
 from utils import UsageError
 from zo import ZerothOrder
@@ -60,6 +60,7 @@ class OurTrainer(SavingTrainer):
     def __init__(self, *args, loss_fn, dev_loss_fn=None, **kwargs):
         self.loss_fn, self.dev_loss_fn = loss_fn, dev_loss_fn
         self.store: bottom.Store | None = None
+        self.fraction = 1.0  # of a step's loss that is this micro-batch's, and this rank's
         if getattr(kwargs["model"], "is_quantized", False):  # the Trainer wants adapters there, and knows PEFT's only
             kwargs["model"]._hf_peft_config_loaded = True
         super().__init__(*args, **kwargs)
@@ -114,28 +115,32 @@ class OurTrainer(SavingTrainer):
                 )  # fmt: skip
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and how much all of them count: the last one of an epoch may be short."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(batch["weight"] for batch in batches)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.fraction = inputs.pop("weight") / num_items_in_batch
         if parallel.size() > 1:
             return self.shared_step(super().training_step, model, inputs)
         if not self.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
-        inputs, weight = self._prepare_inputs(inputs), 1 / self.current_gradient_accumulation_steps
-        losses = self.ask(model, inputs, self.method.points())
-        self.zo.add(losses, weight)
-        return torch.tensor(math.fsum(losses) / len(losses) * weight, device=self.args.device)
+        losses = self.ask(model, self._prepare_inputs(inputs), self.method.points())
+        self.zo.add(losses, self.fraction)
+        return torch.tensor(math.fsum(losses) / len(losses) * self.fraction, device=self.args.device)
 
     def shared_step(self, regular: Callable, model, inputs):
         """`training_step` of one of several ranks; `regular(model, inputs)` is the library's. The exchange, and the
         loss that is returned, come with the last micro-batch."""
         inputs, exchange, zo = self._prepare_inputs(inputs), self.exchange, self.zeroth_order
-        exchange.part, load = inputs.pop("part"), inputs.pop("tokens")
+        self.fraction, load = self.fraction * inputs.pop("part"), inputs.pop("tokens")
         points = self.method.points() if zo else [(0, 0.0)]
         mine, losses = exchange.mine(points), []
         if inputs and mine and zo:
-            weight = exchange.part / self.current_gradient_accumulation_steps
-            losses = [weight * loss for loss in self.ask(model, inputs, [points[i] for i in mine])]
+            losses = [self.fraction * loss for loss in self.ask(model, inputs, [points[i] for i in mine])]
         elif inputs and mine:
-            losses = [float(regular(model, inputs))]  # compute_loss and the library have multiplied by both
+            losses = [float(regular(model, inputs))]  # compute_loss has multiplied by it
         exchange.add(dict(zip(mine, losses, strict=True)) if losses else {}, len(points), load * len(mine))
         totals = [0.0]
         if self.accelerator.sync_gradients:
@@ -195,7 +200,7 @@ class OurTrainer(SavingTrainer):
         return copies(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.loss_fn(model, inputs) * self.exchange.part
+        return self.loss_fn(model, inputs) * (self.fraction * self.current_gradient_accumulation_steps)  # it divides
 
     def _clip_grad_norm(self, model):
         return None if self.zeroth_order else super()._clip_grad_norm(model)
@@ -338,6 +343,9 @@ class OurTrainer(SavingTrainer):
                 "asked for: --output_dir other, or --overwrite"
             )
         self.state = state
+        if state.stateful_callbacks.pop(OWED, None):
+            self._load_from_checkpoint(str(found))
+            self.make_up()
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(str(Path(found).parent / Path(best).name) if best else str(found))
         if self.zeroth_order:

@@ -144,7 +144,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 slots.append(Slot(torch.empty(size), offset, index, group["weight_decay"], parts=parts))
                 offset += size
             else:
-                for p in group["params"]:
+                for p in filter(lambda p: p.requires_grad, group["params"]):
                     slots.append(Slot(p, offset, index, group["weight_decay"]))
                     offset += p.numel()
         for (
@@ -376,6 +376,8 @@ class ZerothOrder(torch.optim.Optimizer):
             rate = trajectory.rates[step] if trajectory.rates else 0.0
             with torch.no_grad():
                 self._apply([trajectory.coefficients[step]] * groups, [rate] * groups)
+            self.trajectory.append([trajectory.coefficients[step]], [rate], keep_rate=bool(trajectory.rates))
+        self.scalars["step"] = steps.stop
 
     # ---- state ----
 
@@ -383,12 +385,22 @@ class ZerothOrder(torch.optim.Optimizer):
         """Groups, the run's scalars and coefficients; the master only where the parameters can't hold its bits."""
         kept = {i: slot.param for i, slot in enumerate(self.slots) if any(p.dtype != torch.float32 for p in slot.parts)}
         inner = self.inner.state_dict() if self.inner else None
-        state = {"zo": dict(self.scalars), "master": kept, "trajectory": dict(vars(self.trajectory)), "inner": inner}
+        state = {
+            "zo": dict(self.scalars),
+            "method": dict(vars(self.method)),
+            "master": kept,
+            "trajectory": dict(vars(self.trajectory)),
+            "inner": inner,
+        }
         return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.scalars.update(state_dict["zo"])
+        vars(self.method).update(state_dict.get("method", {}))
+        self.losses = [0.0] * len(self.losses)
+        for slot in self.slots:
+            slot.z.clear()
         self.trajectory = Trajectory(**state_dict["trajectory"])
         self.load_master()
         for i, master in state_dict["master"].items():

@@ -96,7 +96,7 @@ def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("nth", [1, 2, 3, 6])
 @pytest.mark.parametrize("flags", [BEST, BEST.replace("--save_steps 2", "--save_steps 4")])
 def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth, flags):  # noqa: F811
     """Same bytes, same evaluations, same best checkpoint, also where the save was not due at that step."""
@@ -104,10 +104,45 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth
     with monkeypatch.context() as patch:
         at_step(patch, nth, send(signal.SIGTERM), Framework, "evaluate")
         go(flags, status=checkpoint.REQUEUE)
-    assert checkpoint.completed("out")[-1].name == f"checkpoint-{2 * nth}"
+    assert checkpoint.completed("out")[-1].name == f"checkpoint-{min(2 * nth, 11)}"
     result = go(flags)
-    assert (adapter_bytes(), evaluations()) == expected[:2]
+    assert adapter_bytes() == expected[0]
+    assert evaluations() == expected[1][: 5 if nth == 6 else None]  # the last checkpoint is not written again
     assert {k: result[k] for k in expected[2]} == expected[2]
+
+
+STEPS = BEST.replace("--max_steps 11", "--max_steps 6")
+EPOCHS = BEST.replace("--max_steps 11", "--max_steps -1 --num_train_epochs 3 --per_device_train_batch_size 4")
+EPOCHS = EPOCHS.replace("--eval_strategy steps --eval_steps 2", "--eval_strategy epoch --save_strategy epoch")
+
+
+@pytest.mark.parametrize(
+    "flags, step",
+    [(STEPS, 6), (EPOCHS, 6), (EPOCHS, 8), (EPOCHS, 12), (f"{STEPS} --save_strategy best", 4)],
+    ids=["last step", "middle of an epoch", "end of an epoch", "end of the last epoch", "a new best"],
+)
+def test_a_signal_changes_neither_evaluations_nor_the_best(go, calm, monkeypatch, flags, step):  # noqa: F811
+    losses = {2: 0.7, 4: 0.5, 6: 0.6 if "best" in flags.split()[-1] else 0.2, 8: 0.1, 12: 0.4}
+    evaluate = Framework.evaluate
+
+    def forced(self, *args, **kwargs):
+        found = evaluate(self, *args, **kwargs)
+        return {**found, "loss": losses[self.trainer.state.global_step]}
+
+    monkeypatch.setattr(Framework, "evaluate", forced)
+    expected = calm(flags)[:2]
+    with monkeypatch.context() as patch:
+        at_step(patch, step, send(signal.SIGTERM))
+        go(flags, status=checkpoint.REQUEUE)
+    go(flags)  # what it makes up for at the step of a checkpoint is not written into that one
+    assert adapter_bytes() == expected[0] and evaluations() == expected[1][: len(evaluations())]
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_the_result(go):  # noqa: F811
+    go(f"{BOOST} --learning_rate 1e-1")
+    for mode, flag in (("--lora", "--adapter out"), ("", "--model_name out")):
+        result = go(f"--trainer zo {mode} --max_steps 2 --save_model --overwrite --output_dir out")
+        assert go(f"--trainer none --num_train 0 {flag}")["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
 def test_the_final_evaluation_can_be_interrupted(go, calm, monkeypatch):  # noqa: F811
