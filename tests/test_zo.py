@@ -560,8 +560,95 @@ def test_what_is_no_trajectory_is_refused(tmp_path):
     )
     engine.losses = [1.0, 2.0]
     engine.step()
-    with pytest.raises(ValueError, match="learning rates of their own"):
-        engine.trajectory.save(tmp_path / "y")
+    other = ZerothOrder([{"params": [p]} for group in engine.param_groups for p in group["params"]])
+    other.load_state_dict(engine.state_dict())
+    for made in (engine, other):
+        with pytest.raises(ValueError, match="learning rates of their own"):
+            made.trajectory.save(tmp_path / "y")
+
+
+# ---- alone, without the Trainer ----
+
+
+def linear():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 3), torch.randn(8, 4)
+    return layer, lambda: layer(x).square().mean()
+
+
+@pytest.mark.parametrize("master", [True, False])
+def test_what_requires_no_gradient_is_not_trained(master):
+    layer, loss = linear()
+    layer.weight.requires_grad_(False)
+    before = bits(layer)
+    ZerothOrder(layer.parameters(), lr=0.1, eps=1e-2, master=master).step(loss)
+    assert [torch.equal(a, b) for a, b in zip(bits(layer), before, strict=True)] == [True, False]
+
+
+def test_going_back_to_a_state_forgets_the_step_at_hand():
+    ends = []
+    for disturbed in (False, True):
+        layer, loss = linear()
+        engine = ZerothOrder(layer, lr=0.1, eps=1e-2, master=True)
+        engine.step(loss)
+        weights, state = copy.deepcopy(layer.state_dict()), copy.deepcopy(engine.state_dict())
+        if disturbed:
+            engine.step(loss)
+            engine.estimate(loss)  # no step follows
+        layer.load_state_dict(weights)
+        engine.load_state_dict(state)
+        engine.step(loss)
+        ends.append(bits(layer))
+    assert same(*ends)
+
+
+def test_a_replay_can_be_gone_on_from():
+    (one, loss_of_one), (two, loss_of_two) = linear(), linear()
+    whole, part = (ZerothOrder(layer, lr=0.1, eps=1e-2) for layer in (one, two))
+    for _ in range(5):
+        whole.step(loss_of_one)
+    part.replay(whole.trajectory, range(3))
+    for _ in range(2):
+        part.step(loss_of_two)
+    assert same(bits(one), bits(two)) and part.trajectory.coefficients == whole.trajectory.coefficients
+
+
+@pytest.mark.parametrize("master", [True, False])
+def test_a_group_that_is_added_later_is_trained(master):
+    layer, loss = linear()
+    engine = ZerothOrder([layer.bias], lr=0.1, eps=1e-2, master=master)
+    before = bits(layer)
+    engine.step(loss)
+    engine.add_param_group({"params": [layer.weight]})
+    assert torch.equal(layer.weight, before[0])
+    engine.step(loss)
+    assert not any(torch.equal(a, b) for a, b in zip(bits(layer), before, strict=True))
+
+
+def test_a_methods_own_state_is_part_of_a_state():
+    class Anchored(Method):
+        """g minus a running mean of g."""
+
+        mean = 0.0
+
+        def projected(self, losses, eps):
+            (g,) = super().projected(losses, eps)
+            self.mean = 0.9 * self.mean + 0.1 * g
+            return [g - self.mean]
+
+    ends = []
+    for resumed in (False, True):
+        layer, loss = linear()
+        engine = ZerothOrder(layer, lr=0.1, eps=1e-2, method=Anchored())
+        for _ in range(3):
+            engine.step(loss)
+        if resumed:
+            state = copy.deepcopy(engine.state_dict())
+            engine = ZerothOrder(layer, lr=0.1, eps=1e-2, method=Anchored())
+            engine.load_state_dict(state)
+        engine.step(loss)
+        ends.append(bits(layer))
+    assert same(*ends)
 
 
 # ---- --zo_check ----
