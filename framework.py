@@ -100,10 +100,10 @@ class Framework:
                 made.load(args.adapter)
         elif args.adapter and args.trainer == "none":
             saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
-            names = [name for name, _ in model.named_modules()]
+            wanted, names = saved["target_modules"], [name for name, _ in model.named_modules()]
             self.lora_module = LoRA(
                 model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, ensemble=args.xgblora_ensemble,
-                targets=[target for target in saved["target_modules"] if ending_in(names, [target])],
+                targets=[target for target in wanted if ending_in(names, [target])] or wanted,
             )  # fmt: skip
         elif args.lora or args.xgblora:
             self.lora_module = LoRA(
