@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # MeZO with the recipe of its authors: MODE=ft|prefix|lora|xgblora TASK=SST2 bash mezo.sh [flags of run.py]
 #
-# MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft SEED=0; DATA_DIR: rows from there and not from the hub; NUM_GPU=n: n ranks
+# MODEL=facebook/opt-1.3b TASK=SST2 MODE=ft SEED=0; DATA_DIR: rows from there and not from the hub; NUM_GPU=n: n ranks;
+# paths count from the folder of this file
 # TRAIN=1000 DEV=500 EVAL=1000 rows (fewer for CB, Copa and WSC); BS=16 rows a step of each rank; LR, EPS: by mode
 # STEPS=20000 EVAL_STEPS=4000 XGBLORA_STEPS=1000; RECIPE=fast|atoms (run.py --help): MODE and XGBLORA_STEPS=25 follow
 set -euo pipefail

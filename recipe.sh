@@ -2,6 +2,7 @@
 # COMMON (model, task, rows to evaluate), TUNE (mode and loss), RUN (the program that starts run.py).
 cd "$(dirname "${BASH_SOURCE[0]}")"
 NAME=$(basename "$0")
+case "${BS:-1}" in *[!0-9]* | 0) echo "$NAME: BS=$BS is no number of rows" >&2; exit 2 ;; esac
 
 MODEL=${MODEL:-facebook/opt-1.3b}
 TASK=${TASK:-SST2}

@@ -68,6 +68,13 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     assert done.returncode == 2 and "BS=5" in done.stderr.splitlines()[-1]
 
 
+def test_a_batch_that_is_no_number_is_refused():
+    for name in ("mezo.sh", "finetune.sh"):
+        for size in ("0", "many"):
+            done = script(name, {"BS": size})
+            assert done.returncode == 2 and done.stderr == f"{name}: BS={size} is no number of rows\n"
+
+
 def test_a_recipe_brings_its_mode(tmp_path):
     for recipe, mode in (("fast", "xgblora"), ("atoms", "lora")):
         done = mezo({"RECIPE": recipe, "TASK": "SST2", "DATA_DIR": tmp_path})  # stops at the missing data
