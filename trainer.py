@@ -189,9 +189,7 @@ class OurTrainer(SavingTrainer):
         self.model.eval()
         for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
             logger.info(line)
-        self.optimizer = (
-            None  # a resume may go on in a later round, whose adapters have other shapes, and makes its own
-        )
+        self.optimizer = None  # a resume may go on in a later round, of other shapes, and makes its own
 
     def copies(self, inputs, points) -> int:
         if not self.takes_copies:

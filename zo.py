@@ -147,9 +147,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 for p in filter(lambda p: p.requires_grad, group["params"]):
                     slots.append(Slot(p, offset, index, group["weight_decay"]))
                     offset += p.numel()
-        for (
-            slot
-        ) in slots:  # on a GPU a launch costs more than a small block's elements: what is held at once takes 1/100
+        # On a GPU a launch costs more than the elements of a small block: what is held at once may be 1/100 of all.
+        for slot in slots:
             if slot.param.is_cuda:
                 held = 1 if self.by_kernel(slot) and len(self.losses) <= 2 else 3 + len(self.losses)
                 slot.block = min(1 << 24, max(directions.BLOCK, offset // (100 * held)))
@@ -398,7 +397,7 @@ class ZerothOrder(torch.optim.Optimizer):
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.scalars.update(state_dict["zo"])
         vars(self.method).update(state_dict.get("method", {}))
-        self.losses = [0.0] * len(self.losses)
+        self.losses = [0.0] * len(self.method.points())
         for slot in self.slots:
             slot.z.clear()
         self.trajectory = Trajectory(**state_dict["trajectory"])
