@@ -139,6 +139,8 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, SAID) or checkpoint.is_full(error):
         return " ".join(str(error).split())
     words = str(error)
+    if isinstance(error, ImportError):  # a package that a flag asks for
+        return " ".join(words.split())
     if isinstance(error, pickle.UnpicklingError):
         return "a file of the checkpoint holds more than numbers and is not read; --overwrite starts afresh"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words:
@@ -198,7 +200,7 @@ def main(argv=None) -> int:
             raise
         lost = isinstance(error, parallel.PeerLost) and parallel.rank() == 1  # rank 0 itself, perhaps
         say(f"error: {said}", alone=lost or not isinstance(error, SAID))
-        return 2 if isinstance(error, UsageError | pickle.UnpicklingError) else 1
+        return 2 if isinstance(error, UsageError | ImportError | pickle.UnpicklingError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0
 

@@ -73,6 +73,8 @@ FLAGS = {
     "--trainer zo --report_to comet_ml": ("--report_to comet_ml",),
     "--trainer zo --lora --zo_optim adamw --adam_beta1 0.1": ("--adam_beta1", "--trainer regular"),
     "--trainer regular --adam_beta1 2 --max_steps 1": ("--optim", "beta"),
+    "--trainer regular --optim galore_adamw --optim_target_modules all-linear --max_steps 1": ("galore",),
+    "--trainer regular --use_liger_kernel --max_steps 1": ("liger",),
     '--trainer zo --max_steps 1 --lr_scheduler_type linear --lr_scheduler_kwargs {"bad":1}': ("linear", "bad"),
     "--trainer zo --zo_method README:Name": ("README:Name", "mezo"),
     "--save_merged --output_dir /proc/no": ("--output_dir", "can't be written"),
