@@ -100,17 +100,19 @@ class Framework:
                 made.load(args.adapter)
         elif args.adapter and args.trainer == "none":
             saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
-            wanted, names = saved["target_modules"], [name for name, _ in model.named_modules()]
             self.lora_module = LoRA(
-                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, ensemble=args.xgblora_ensemble,
-                targets=[target for target in wanted if ending_in(names, [target])] or wanted,
+                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
+                ensemble=args.xgblora_ensemble,
             )  # fmt: skip
         elif args.lora or args.xgblora:
+            names = [name for name, _ in model.named_modules()]
             self.lora_module = LoRA(
                 model, args.lora_r, args.lora_alpha, xgblora=args.xgblora, seed=args.seed, targets=args.targets,
                 freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
+            if lacking := [target for target in args.targets if not ending_in(names, [target])]:
+                raise UsageError(f"--lora_targets: no layer called {', '.join(lacking)} in this model")
         if args.staged and not self.lora_module.xgblora:
             raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
         if args.adapter and self.lora_module:

@@ -127,10 +127,9 @@ class LoRA:
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         fused = TARGETS.get(model.config.model_type, ())
         found = ending_in(linear, targets or QV) or ending_in(linear, targets or fused)
-        lacking = [target for target in targets or () if not ending_in(linear, [target])]
-        if lacking or not found:
+        if not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            wanted = f" called {', '.join(lacking)}" if lacking else " to adapt"
+            wanted = f" called {', '.join(targets)}" if targets else " to adapt"
             raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
         kind, n = layer_choice(layers)
         numbers = sorted({layer_number(name) for name in found} - {None})

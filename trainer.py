@@ -118,10 +118,11 @@ class OurTrainer(SavingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and how much all of them count: the last one of an epoch may be short."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(batch["weight"] for batch in batches)
+        return batches, sum(batch.get("weight", 1) for batch in batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.fraction = inputs.pop("weight") / num_items_in_batch
+        weight = inputs.pop("weight", 1)
+        self.fraction = weight / (num_items_in_batch or weight * self.current_gradient_accumulation_steps)
         if parallel.size() > 1:
             return self.shared_step(super().training_step, model, inputs)
         if not self.zeroth_order:

@@ -66,7 +66,7 @@ FLAGS = {
     "--trainer zo --fp16": ("--trainer zo", "--fp16"),
     "--bf16_full_eval": ("--bf16_full_eval", "--load_bfloat16"),
     "--device_map auto --no_auto_device": ("--device_map", "--no_auto_device"),
-    "--trainer zo --lora --lora_targets q_proj,v_porj --max_steps 1": ("v_porj", "down_proj"),
+    "--trainer zo --lora --lora_targets q_proj,v_porj --max_steps 1": ("--lora_targets", "v_porj"),
     "--num_train 100000": ("--num_train 100000", "32"),
     "--num_train 2 --train_set_seed 4294967295 --num_train_sets 2": ("--train_set_seed", "2**32"),
     "--trainer zo --num_train 9 --per_device_train_batch_size 16 --dataloader_drop_last": ("--dataloader_drop_last",),
