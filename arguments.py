@@ -218,9 +218,8 @@ class OurArguments(TrainingArguments):
         if self.lr_scheduler_type is None:
             falls = not zo or self.zo_normalize or self.xgblora_restart_lr
             self.lr_scheduler_type = "linear" if falls else "constant_with_warmup" if self.warmup_steps else "constant"
-        steps = (
-            0 if self.lr_scheduler_type == "constant" else self.max_steps
-        )  # under a constant rate a run may be prolonged
+        # Under a constant rate a run may be prolonged: its length says nothing.
+        steps = 0 if self.lr_scheduler_type == "constant" else self.max_steps
         learning_rate, eps = published(
             self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, scaling, upper, steps
         )

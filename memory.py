@@ -149,9 +149,8 @@ def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int
     lora = sum((out + into) * max(args.ranks or [args.lora_r]) for out, into in targets)
     prefix = model.cached() * args.num_prefix
     adapter = 4.0 * {"lora": lora, "xgblora": lora, "prefix": prefix}.get(args.mode, 0)
-    trained = {"ft": model.parameters, "head": model.vocabulary * model.widths().hidden}.get(
-        args.mode, 0
-    ) * size + adapter
+    own = {"ft": model.parameters, "head": model.vocabulary * model.widths().hidden}  # elements of the model's own
+    trained = own.get(args.mode, 0) * size + adapter
     if args.trainer == "regular":  # a gradient and Adam's two moments, in the dtype of what is trained
         optimizer = trained * (1 if args.optim.value.startswith(("sgd", "adafactor")) else 3)
     else:  # zo, of adapters: the flat fp32 master, z, and the moments

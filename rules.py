@@ -47,8 +47,6 @@ def check(args) -> None:
         ("--objective", "--zo_check (such a loss has steps)"): args.objective and args.zo_check,
         (f"--load_int{args.bits}", "--save_merged"): args.bits and args.save_merged,
         ("--trainer zo", "--fp16 (load float16 weights with --load_float16)"): zo and args.fp16,
-        ("--fp16_full_eval", "--trainer (load float16 weights with --load_float16)"): args.fp16_full_eval,
-        ("--bf16_full_eval", "--trainer (load bfloat16 weights with --load_bfloat16)"): args.bf16_full_eval,
         ("--device_map", "--no_auto_device"): args.device_map and args.no_auto_device,
         ("--replay", "--staged and --predictions (it evaluates nothing)"): args.replay
         and (args.staged or args.predictions),
@@ -98,6 +96,8 @@ def check(args) -> None:
     of_regular = set_one("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
     needs = {
         **{f"--{name} needs --trainer regular": on and zo for name, on in of_regular.items()},
+        "--fp16_full_eval changes nothing: load the weights with --load_float16": args.fp16_full_eval,
+        "--bf16_full_eval changes nothing: load the weights with --load_bfloat16": args.bf16_full_eval,
         "--max_steps 0 trains nothing: --trainer none evaluates": trains and args.max_steps == 0,
         "--recipe needs --trainer zo": args.recipe and not zo,
         **{f"--{name} needs --xgblora": on and not args.xgblora for name, on in of_boosting.items()},

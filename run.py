@@ -121,10 +121,8 @@ def write_models(framework: Framework, output_dir: Path) -> None:
 
 def replay(args: OurArguments) -> int:
     """`--replay`: the trained weights again, from the pretrained model and a few kilobytes."""
-    start, output_dir = (
-        time.perf_counter(),
-        args.run_dir(args.seed if args.train_set_seed is None else args.train_set_seed),
-    )
+    start, first = time.perf_counter(), args.train_set_seed
+    output_dir = args.run_dir(args.seed if first is None else first)
     args.announce()
     with checkpoint.locked(output_dir):
         framework = Framework(args, None)
