@@ -5,11 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test starter format clean
 
 demo: .venv/installed
-	$(BIN)/python starter.py starter
+	$(BIN)/python -m cli.starter starter
 	$(BIN)/python bench/demo.py
 
 starter: .venv/installed
-	$(BIN)/python starter.py starter
+	$(BIN)/python -m cli.starter starter
 
 test: .venv/test-installed
 	$(BIN)/ruff check .

@@ -14,31 +14,23 @@ from statistics import fmean
 
 import torch
 
-import adapters
-import checkpoint
-import fsdp
-import generation
-import memory
-import metrics
-import models
-import parallel
-import placement
 import prefix
-import probe
-import rules
-import scoring
-import shares
-import staged
-from arguments import OurArguments
-from defaults import INCIDENTAL, REPLAYED
+from boosters import peft_files
+from boosters.targets import names_ending_in
+from cli import load_model, memory_estimate, validation
+from cli.arguments import OurArguments
+from cli.defaults import NOT_PART_OF_RUN_ID, REPLAY_ID
+from distributed import collectives, data_parallel, sharding
 from lora import LoRA
 from prefix import PrefixTuning
-from probe import Probe
-from prompts import Prompts, Rows
+from scoring import evaluate, generate, linear_probe, logprobs, metrics, packing, staged_results
+from scoring.linear_probe import LinearProbe
+from scoring.prompts import EvalBatch, Prompts
 from tasks import GENERATION, METRICS, TEXT
-from trainer import TRAJECTORY, OurTrainer, copies
-from trajectory import Trajectory
-from utils import UsageError, ending_in
+from trainer import TRAJECTORY, OurTrainer, points_per_forward
+from training import checkpoints
+from utils import UsageError
+from zo.trajectory import Trajectory
 
 logger = logging.getLogger("run")
 
@@ -49,26 +41,28 @@ class Framework:
 
     def __init__(self, args: OurArguments, task):
         self.args, self.task = args, task
-        parallel.company = parallel.ALONE
+        collectives.join_context = collectives.NO_JOIN
         if task:
             args.choose_best_by(task.metric_name)
-            rules.check_task(args, task)
+            validation.validate_task(args, task)
         self.lora_module: LoRA | None = None
         self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
-        self.estimate: memory.Estimate | None = None
+        self.estimate: memory_estimate.Estimate | None = None
         self.trainer: OurTrainer | None = None
-        self.probe: Probe | None = None
-        self.objective = metrics.objective(args.objective) if task and args.objective else None  # a replay has no task
+        self.probe: LinearProbe | None = None
+        self.objective = (
+            metrics.find_metric(args.objective) if task and args.objective else None
+        )  # a replay has no task
         self.prefix_length = args.num_prefix if args.prefix_tuning else 0
-        if args.adapter and adapters.read_config(args.adapter)["peft_type"] == prefix.KIND:
-            rules.check_prefix(args)
+        if args.adapter and peft_files.read_adapter_config(args.adapter)["peft_type"] == prefix.PEFT_TYPE:
+            validation.validate_prefix(args)
             self.prefix_length = prefix.saved_length(args.adapter)
         elif args.adapter:
-            adapters.adapter_config(args.adapter)
-        self.config = models.read_config(args.model_name, args.trust_remote_code)
-        self.tokenizer = models.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
+            peft_files.read_lora_config(args.adapter)
+        self.config = load_model.read_model_config(args.model_name, args.trust_remote_code)
+        self.tokenizer = load_model.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
         front = self.prefix_length  # which takes positions of its own
-        self.max_length = models.longest(self.config, args.max_length + front) - front
+        self.max_length = load_model.longest_row(self.config, args.max_length + front) - front
         vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
         self.prompts = Prompts(args, task, self.tokenizer, self.max_length, vocabulary) if task else None
 
@@ -78,17 +72,17 @@ class Framework:
         args = self.args
         self.estimate = self.foresee()
         device = "cpu" if args.sharded else args.device  # a whole model may be too much for it
-        model = models.read_model(
+        model = load_model.read_model(
             args.model_name, args.dtype, args.trust_remote_code, device, args.bits, args.device_map,
             args.offload_folder,
         )  # fmt: skip
         if args.bits == 4 and args.trainer == "regular":
-            models.differentiable(model)
+            load_model.use_differentiable_kernels(model)
         if args.untie_emb:
-            models.untie(model)
+            load_model.untie_head(model)
         if args.head_tuning:
-            models.only_head(model)
-        placement.check(args, model)
+            load_model.train_head_only(model)
+        load_model.check_offloaded(args, model)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
         if not args.sharded:
@@ -99,7 +93,7 @@ class Framework:
             if args.adapter:
                 made.load(args.adapter)
         elif args.adapter and args.trainer == "none":
-            saved, chain = adapters.adapter_config(args.adapter), adapters.has_chain(args.adapter)
+            saved, chain = peft_files.read_lora_config(args.adapter), peft_files.has_chain(args.adapter)
             self.lora_module = LoRA(
                 model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
                 ensemble=args.xgblora_ensemble,
@@ -111,7 +105,7 @@ class Framework:
                 freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
                 ensemble=args.xgblora_ensemble,
             )  # fmt: skip
-            if lacking := [target for target in args.targets if not ending_in(names, [target])]:
+            if lacking := [target for target in args.targets if not names_ending_in(names, [target])]:
                 raise UsageError(f"--lora_targets: no layer called {', '.join(lacking)} in this model")
         if args.staged and not self.lora_module.xgblora:
             raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
@@ -121,36 +115,36 @@ class Framework:
 
     def choose_rows(self, model) -> None:
         """Packed rows, or plain ones where the model can't take them."""
-        self.plain = not scoring.takes_packed(model, self.max_length)
+        self.plain = not logprobs.supports_packed_rows(model, self.max_length)
         if self.plain:
             logger.warning("%s can't take packed rows: scoring one padded row per candidate", self.args.model_label)
 
-    def foresee(self) -> memory.Estimate | None:
+    def foresee(self) -> memory_estimate.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""
         args, cpu = self.args, self.args.device.type == "cpu"
         new = args.max_new_tokens if self.task and self.task.generation else 0
         adapted = args.lora or args.xgblora or args.prefix_tuning
 
         def rule(tokens: int) -> int:
-            return copies(tokens, 2 * args.zo_queries, cpu, adapted, args.zo_batched)
+            return points_per_forward(tokens, 2 * args.zo_queries, cpu, adapted, args.zo_batched)
 
-        return memory.foresee(args, self.config, self.trained, self.evaluated, rule, new)
+        return memory_estimate.estimate_memory(args, self.config, self.trained, self.evaluated, rule, new)
 
     # ---- scores ----
 
-    def rows(self, samples, demonstrations=()) -> Rows:
+    def rows(self, samples, demonstrations=()) -> EvalBatch:
         """What an evaluation on these samples needs."""
         rows = self.prompts.rows(samples, demonstrations)
         self.evaluated += rows.examples
         return rows
 
-    def scores(self, rows: Rows, progress: bool = True) -> list[list[float]]:
+    def scores(self, rows: EvalBatch, progress: bool = True) -> list[list[float]]:
         """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum; with
         --linear_probing what the probe says."""
         if self.probe:
-            states = probe.states(self.model, rows.examples, self.plain, progress)
+            states = linear_probe.prompt_states(self.model, rows.examples, self.plain, progress)
             return self.probe.scores(states, len(rows.examples[0].encodings))
-        score = functools.partial(shares.score, self.model, plain=self.plain)
+        score = functools.partial(evaluate.score_over_ranks, self.model, plain=self.plain)
         sums = score(rows.examples, progress=progress)
         if rows.prior is None:
             lens = [x.option_lens for x in rows.examples]
@@ -160,7 +154,7 @@ class Framework:
         priors = dict(zip(distinct, score(list(distinct.values())), strict=True))
         return [[s - p for s, p in zip(a, priors[key], strict=True)] for a, key in zip(sums, keys, strict=True)]
 
-    def predict(self, rows: Rows, progress: bool = True) -> list[dict]:
+    def predict(self, rows: EvalBatch, progress: bool = True) -> list[dict]:
         """One dict per example: `id`, and `scores`, `prediction`, `gold`, `loss` of options (the cross-entropy of the
         right one), `prediction` and `gold` of generated answers, `logprob` and `tokens` of texts."""
         args, progress = self.args, progress and not self.args.disable_tqdm
@@ -168,11 +162,11 @@ class Framework:
         if self.task.kind == GENERATION:
             prompts = [x.encodings[0] for x in rows.examples]
             answer = functools.partial(
-                generation.generate, self.model, self.tokenizer, eos_token=args.eos_token,
-                max_new_tokens=args.max_new_tokens, cached=not self.plain, seed=args.seed + parallel.rank(),
+                generate.generate, self.model, self.tokenizer, eos_token=args.eos_token,
+                max_new_tokens=args.max_new_tokens, cached=not self.plain, seed=args.seed + collectives.rank(),
                 progress=progress, **args.generating,
             )  # fmt: skip
-            answers = shares.divided(
+            answers = data_parallel.map_over_ranks(
                 prompts, [len(p) for p in prompts], lambda some: answer([prompts[i] for i in some])
             )
             found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
@@ -197,13 +191,13 @@ class Framework:
             return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
         predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
         if self.task.kind == GENERATION:
-            return {name: metrics.objective(name)(predictions, golds) for name in METRICS[GENERATION]}
+            return {name: metrics.find_metric(name)(predictions, golds) for name in METRICS[GENERATION]}
         measured = {"accuracy": metrics.accuracy(predictions, golds)}
         if self.task.metric_name == "macro_f1":
             measured["macro_f1"] = metrics.macro_f1(predictions, golds)
         return {**measured, "loss": fmean(one["loss"] for one in found)}
 
-    def evaluate(self, rows: Rows, progress: bool = True) -> dict[str, float]:
+    def evaluate(self, rows: EvalBatch, progress: bool = True) -> dict[str, float]:
         return self.metrics(self.predict(rows, progress))
 
     # ---- training ----
@@ -211,18 +205,18 @@ class Framework:
     def fit_probe(self, train_samples) -> None:
         """`--linear_probing`: fit on the training rows; no weight of the model changes."""
         args, examples = self.args, self.prompts.examples(train_samples)
-        states = probe.states(self.model, examples, self.plain, progress=not args.disable_tqdm)
-        self.probe = Probe(states, [x.label for x in examples], args.lp_early_stopping, args.seed)
+        states = linear_probe.prompt_states(self.model, examples, self.plain, progress=not args.disable_tqdm)
+        self.probe = LinearProbe(states, [x.label for x in examples], args.lp_early_stopping, args.seed)
 
-    def objective_loss(self, rows: Rows, model, inputs) -> torch.Tensor:
+    def objective_loss(self, rows: EvalBatch, model, inputs) -> torch.Tensor:
         """`--objective`: minus what it says of the model's predictions on the rows of a batch; fp32, no gradient."""
-        some = Rows(*([part[i] for i in inputs["row"].tolist()] if part else None for part in rows))
-        with shares.undivided():
+        some = EvalBatch(*([part[i] for i in inputs["row"].tolist()] if part else None for part in rows))
+        with data_parallel.on_this_rank_only():
             found = self.predict(some, progress=False)
         value = self.objective([one["prediction"] for one in found], [one["gold"] for one in found])
         return torch.tensor(-float(value))
 
-    def train(self, train_samples, dev_rows: Rows, output_dir: Path, signals=None) -> None:
+    def train(self, train_samples, dev_rows: EvalBatch, output_dir: Path, signals=None) -> None:
         """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked).
 
         Raises checkpoint.Interrupted where a signal has ended the run, Unsaved where its end is not on the disk.
@@ -240,8 +234,8 @@ class Framework:
                 f"--dataloader_drop_last leaves no batch of {args.train_batch_size} rows out of {len(examples)}"
             )
         settings = self.settings(train_samples, dev_rows.samples)
-        found = parallel.first(functools.partial(earlier, args, output_dir, settings))
-        parallel.together(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
+        found = collectives.run_on_main(functools.partial(checkpoint_to_resume, args, output_dir, settings))
+        collectives.run_on_all(lambda: str(self.model.dtype))  # where one rank can't load it, none goes on
         model = self.model
         if args.sharded:
             self.shard()
@@ -252,7 +246,7 @@ class Framework:
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: shares.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
+            dev_loss_fn=lambda model: evaluate.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
             settings=settings,
             signals=signals,
         )
@@ -266,10 +260,10 @@ class Framework:
                 trainer.check()
             if found:
                 logger.info("going on from %s", found)
-            if parallel.leads():
+            if collectives.is_main_process():
                 (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
             trainer.train(resume_from_checkpoint=found)
-            if trainer.signals.received:
+            if trainer.signals.agreed_signal:
                 trainer.refuse_unsaved()
             trainer.signals.check()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # of --bf16: a rerun evaluates without it too
@@ -285,34 +279,36 @@ class Framework:
         args = self.args
         if self.objective:
             dataset = list(range(len(examples)))
-            pack, weigh, size = lambda rows: {"row": torch.tensor(rows)}, len, lambda i: shares.tokens(examples[i])
+            pack, weigh, size = lambda rows: {"row": torch.tensor(rows)}, len, lambda i: packing.num_tokens(examples[i])
             loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
         else:
-            dataset, pack, size = examples, functools.partial(scoring.pack, plain=self.plain), shares.tokens
-            weigh = functools.partial(shares.weight, classification=args.train_as_classification)
-            loss_fn = functools.partial(scoring.loss, classification=args.train_as_classification)
-        share = shares.Share(pack, weigh, size, args.zo_parallel == "data", in_step=args.sharded)
+            dataset, pack, size = examples, functools.partial(packing.pack, plain=self.plain), packing.num_tokens
+            weigh = functools.partial(packing.loss_terms, classification=args.train_as_classification)
+            loss_fn = functools.partial(logprobs.loss, classification=args.train_as_classification)
+        share = data_parallel.ShardingCollator(pack, weigh, size, args.zo_parallel == "data", in_step=args.sharded)
         return {"train_dataset": dataset, "data_collator": share, "loss_fn": loss_fn}
 
     def shard(self) -> None:
         """`--fsdp`: from here on a rank has a part of each weight, on its device; this can't be undone."""
         model, lora, front, device = self.model, self.lora_module, prefix.trained_prefix(self.model), self.args.device
-        weights = parallel.fingerprint([*model.parameters()])
-        parallel.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
+        weights = collectives.tensor_fingerprint([*model.parameters()])
+        collectives.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
         if lora:
             lora.forget_whole_weights(device)
         if front:
             front.place(device)
         adapter = lora or front
-        fsdp.shard(model, adapter.parameters() if adapter else (), device)
+        sharding.shard_model(model, adapter.parameters() if adapter else (), device)
         self.choose_rows(model)
 
-    def best_stage(self, dev_rows: Rows) -> int:
+    def best_stage(self, dev_rows: EvalBatch) -> int:
         """`--xgblora_best`: how many of the boosters do best on the dev rows."""
         metric = self.task.metric_name
-        found = staged.stages(self.lora_module, lambda: self.evaluate(dev_rows, progress=False), progress=False)
-        logger.info("\n".join(staged.table(found, metric)))
-        return staged.best(found, metric)
+        found = staged_results.evaluate_prefixes(
+            self.lora_module, lambda: self.evaluate(dev_rows, progress=False), progress=False
+        )
+        logger.info("\n".join(staged_results.format_stages(found, metric)))
+        return staged_results.best_prefix(found, metric)
 
     def replay(self, path: str, output_dir: Path) -> None:
         """Rebuild the weights of a run from its trajectory, and write them to its output directory."""
@@ -323,10 +319,10 @@ class Framework:
         about, args = trajectory.about, copy.copy(self.args)
         args.output_dir, args.eval_strategy, args.load_best_model_at_end = str(output_dir), "no", False
         saved, ours = (
-            {k: v for k, v in some.items() if k in REPLAYED}
+            {k: v for k, v in some.items() if k in REPLAY_ID}
             for some in (about.get("settings", {}), self.settings([], []))
         )
-        differ = checkpoint.differences(saved, ours)
+        differ = checkpoints.differences(saved, ours)
         if differ:
             raise UsageError(f"--replay {path} is of another run: {differ}")
         if args.replay_steps is not None and Path(path).resolve().parent == output_dir.resolve():
@@ -340,19 +336,19 @@ class Framework:
 
     def settings(self, train_samples, dev_samples) -> dict:
         """What makes this run this run: model, rows, and every flag that is not incidental."""
-        kept = {k: v for k, v in self.args.to_dict().items() if k not in INCIDENTAL}
+        kept = {k: v for k, v in self.args.to_dict().items() if k not in NOT_PART_OF_RUN_ID}
         if self.args.lr_scheduler_type == "constant" and self.args.max_steps > 0:
             del kept["max_steps"], kept["num_train_epochs"]  # a longer run goes on from a shorter one
         kept["batch"] = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
         kept["batch"] *= self.args.shares  # other ranks that share the same batch are the same run
         rows = [[s.id for s in samples] for samples in (train_samples, dev_samples)]
         if self.args.adapter:  # what it holds, wherever it lies
-            kept["adapter"] = checkpoint.fingerprint(checkpoint.weights(self.args.adapter))
+            kept["adapter"] = checkpoints.short_hash(checkpoints.identify_weights(self.args.adapter))
         for name in ("zo_method", "objective"):
-            kept[name] = source(kept[name])
-        kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoint.fingerprint(rows)}
+            kept[name] = code_fingerprint(kept[name])
+        kept |= {"data": self.task.fingerprint if self.task else None, "rows": checkpoints.short_hash(rows)}
         config = {k: v for k, v in self.config.to_dict().items() if k != "_name_or_path"} if self.config else None
-        kept["model"] = checkpoint.fingerprint([config, checkpoint.weights(self.args.model_name)])
+        kept["model"] = checkpoints.short_hash([config, checkpoints.identify_weights(self.args.model_name)])
         return json.loads(json.dumps(kept, default=str))
 
     def save_merged(self, directory: Path) -> None:
@@ -368,17 +364,17 @@ class Framework:
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * lost)
 
 
-def source(name: str | None) -> str | None:
+def code_fingerprint(name: str | None) -> str | None:
     """Of `file.py:name` what stands in the file, wherever it lies; another name as it is."""
     path, _, attribute = (name or "").rpartition(":")
-    return f"{checkpoint.fingerprint(Path(path).read_text())}:{attribute}" if path else name
+    return f"{checkpoints.short_hash(Path(path).read_text())}:{attribute}" if path else name
 
 
-def earlier(args: OurArguments, output_dir: Path, settings: dict) -> str | None:
+def checkpoint_to_resume(args: OurArguments, output_dir: Path, settings: dict) -> str | None:
     """The checkpoint that a run goes on from; raises UsageError where it is another run's."""
     if args.overwrite:
-        checkpoint.clear(output_dir)
-    found = checkpoint.newest(output_dir)
+        checkpoints.remove_checkpoints(output_dir)
+    found = checkpoints.newest_checkpoint(output_dir)
     if found:
-        checkpoint.refuse_other_run(found, settings)
+        checkpoints.refuse_other_run(found, settings)
     return str(found) if found else None

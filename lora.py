@@ -18,25 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import adapters
-from adapters import Booster, Round, Saved, layer_number
-from placement import execution_device, piece
-from streaming import NoCopies
-from utils import UsageError, ending_in, layer_choice
+from boosters import chain, peft_files
+from boosters.chain import Booster, Round
+from boosters.peft_files import SavedAdapter
+from boosters.targets import DEFAULT_TARGETS, TARGETS_BY_MODEL_TYPE, layer_number, names_ending_in, parse_layer_choice
+from distributed.sharding import local_shard
+from utils import UsageError, execution_device
+from zo.perturbed_weights import CopiesUnsupported
 
 logger = logging.getLogger(__name__)
-
-QV = ("q_proj", "v_proj")
-TARGETS = {  # where a model has neither: the layers that PEFT takes for its model type
-    "gpt2": ("c_attn",),
-    "gpt_neox": ("query_key_value",),
-    "bloom": ("query_key_value",),
-    "falcon": ("query_key_value",),
-    "phi3": ("qkv_proj",),  # PEFT has no entry
-    "mpt": ("Wqkv",),
-    "gpt_bigcode": ("c_attn",),
-    "codegen": ("qkv_proj",),
-}
 
 
 class LoRALinear(nn.Module):
@@ -125,13 +115,13 @@ class LoRA:
         self.model, self.xgblora, self.seed, self.freeze_a = model, xgblora, seed, freeze_a
         self.alpha, self.ranks, self.ensemble = alpha, list(ranks or [r]), ensemble
         linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        fused = TARGETS.get(model.config.model_type, ())
-        found = ending_in(linear, targets or QV) or ending_in(linear, targets or fused)
+        fused = TARGETS_BY_MODEL_TYPE.get(model.config.model_type, ())
+        found = names_ending_in(linear, targets or DEFAULT_TARGETS) or names_ending_in(linear, targets or fused)
         if not found:
             exist = sorted({name.rsplit(".", 1)[-1] for name in linear})
             wanted = f" called {', '.join(targets)}" if targets else " to adapt"
             raise UsageError(f"no layer{wanted} in this model; its Linear layers are {', '.join(exist)}")
-        kind, n = layer_choice(layers)
+        kind, n = parse_layer_choice(layers)
         numbers = sorted({layer_number(name) for name in found} - {None})
         n = n or (len(numbers) + 1) // 2
         if kind != "all" and n > len(numbers):
@@ -216,7 +206,7 @@ class LoRA:
         Raises NoCopies where an expert is adapted: the tokens that it is given mix the copies.
         """
         if deltas is not None and any(".experts." in f".{name}" for name in self.modules):
-            raise NoCopies("an expert is adapted")
+            raise CopiesUnsupported("an expert is adapted")
         left = iter(deltas or ())
         for module in self.lora_modules:
             module.deltas = None
@@ -289,7 +279,7 @@ class LoRA:
         for name, module in self.modules.items():
             own = [boosters for boosters in rounds if name in boosters]
             if self.ensemble and own:
-                A, B = (t.to(module.lora_B.device) for t in adapters.side_by_side(own, name, fold=True))
+                A, B = (t.to(module.lora_B.device) for t in chain.concat_factors(own, name, fold=True))
                 old = module.chain or (A[:0], B[:, :0])
                 module.chain = (torch.cat([old[0], A]), torch.cat([old[1], B], dim=1))
             for b in () if self.ensemble else (boosters[name] for boosters in own):
@@ -301,7 +291,7 @@ class LoRA:
         for name in () if self.ensemble else changed:
             module, exact = self.modules[name], self.exact(name)
             rounded = exact.to(module.weight.dtype)
-            module.weight.copy_(piece(rounded, module.weight))
+            module.weight.copy_(local_shard(rounded, module.weight))
             if rounded is not exact and changed[name] is not None:
                 lost += float((rounded.float() - exact).square().sum())
                 size += float((changed[name].folded @ changed[name].A).square().sum())
@@ -368,16 +358,16 @@ class LoRA:
 
     def save_pretrained(self, directory) -> None:
         """Write a PEFT adapter: under XGBLoRA the chain and the live booster as one LoRA, see adapters.py."""
-        self._save(directory, Saved([*self.boosters, self.live], self.lengths, self.round), self.xgblora)
+        self._save(directory, SavedAdapter([*self.boosters, self.live], self.lengths, self.round), self.xgblora)
 
-    def _save(self, directory, saved: Saved, chain: bool) -> None:
+    def _save(self, directory, saved: SavedAdapter, chain: bool) -> None:
         turned = self.lora_modules[0].fan_in_fan_out
-        adapters.save(directory, self.model, list(self.modules), self.targets, turned, saved, chain)
+        peft_files.save_adapter(directory, self.model, list(self.modules), self.targets, turned, saved, chain)
 
     def export(self, directory, rank: int) -> float:
         """Write the nearest LoRA of that rank to the chain and the live booster; returns what it lacks, relative."""
-        one, lost = adapters.compress([*self.boosters, self.live], rank)
-        self._save(directory, Saved([one]), chain=False)
+        one, lost = chain.compress([*self.boosters, self.live], rank)
+        self._save(directory, SavedAdapter([one]), chain=False)
         return lost
 
     def load(self, directory, boosters: int | None = None, live: bool = True) -> None:
@@ -385,7 +375,7 @@ class LoRA:
         becomes the first booster. With `boosters`, only so many of a chain, all merged; without `live`, all of it.
         Raises UsageError where it does not fit this model."""
         shapes = {name: (m.in_features, m.out_features) for name, m in self.modules.items()}
-        saved = adapters.load(directory, shapes, self.xgblora)
+        saved = peft_files.load_adapter(directory, shapes, self.xgblora)
         (*chain, last), lengths = saved.rounds, saved.lengths
         if not self.xgblora and boosters is not None:
             raise UsageError(f"--boosters {boosters}: {directory} has no chain of boosters")

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-import adapters
-from placement import input_device
-from utils import UsageError
+from boosters import peft_files
+from utils import UsageError, input_device
 
-KIND = "PREFIX_TUNING"  # PEFT's name for it
-EXACT = "prefix.safetensors"  # the trained tensors of a reparametrised prefix
-WIDTH = 512  # of its embedding and of its hidden layer, as in the MeZO code
+PEFT_TYPE = "PREFIX_TUNING"  # PEFT's name for it
+EXACT_WEIGHTS = "prefix.safetensors"  # the trained tensors of a reparametrised prefix
+REPARAM_WIDTH = 512  # of its embedding and of its hidden layer, as in the MeZO code
 
 
-class KeptLayer(DynamicLayer):
+class SharedCacheLayer(DynamicLayer):
     """Keys and values [n, heads, tokens, D] of one layer that every row sees before its own; read, never grown. With
     n > 1 the rows are n copies of a batch, one behind the other, and each copy sees its own."""
 
@@ -61,16 +60,16 @@ class PrefixTuning(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         vocabulary, device = model.config.get_text_config().vocab_size, input_device(model)
         tokens = torch.randint(vocabulary, (1, length), generator=generator)
-        real, self.places = real_states(model, tokens.to(device))
+        real, self.places = activations_of_tokens(model, tokens.to(device))
         self.length, self.reparam, self.shape = length, reparam, (real.shape[0], 2, real.shape[2], real.shape[4])
         self.name = model.config.name_or_path
         size = math.prod(self.shape)
         drawn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
         if reparam:
             made = {
-                "embedding": drawn(length, WIDTH),
-                "weight1": drawn(WIDTH, WIDTH) / WIDTH**0.5, "bias1": torch.zeros(1, WIDTH),
-                "weight2": drawn(WIDTH, size) / WIDTH**0.5, "bias2": torch.zeros(1, size),
+                "embedding": drawn(length, REPARAM_WIDTH),
+                "weight1": drawn(REPARAM_WIDTH, REPARAM_WIDTH) / REPARAM_WIDTH**0.5, "bias1": torch.zeros(1, REPARAM_WIDTH),
+                "weight2": drawn(REPARAM_WIDTH, size) / REPARAM_WIDTH**0.5, "bias2": torch.zeros(1, size),
             }  # fmt: skip
         else:
             start = real.movedim(-2, 0).reshape(length, size) if init_by_real_act else 0.02 * drawn(length, size)
@@ -105,7 +104,7 @@ class PrefixTuning(nn.Module):
 
     def cache(self, dtype: torch.dtype) -> Cache:
         """A cache for one forward of any number of rows (of n copies)."""
-        return Cache(layers=[KeptLayer(keys, values) for keys, values in self.states(dtype)])
+        return Cache(layers=[SharedCacheLayer(keys, values) for keys, values in self.states(dtype)])
 
     def growing(self, model, rows: int = 1) -> DynamicCache:
         """The library's own cache, begun with the prefix in each of so many rows."""
@@ -124,17 +123,17 @@ class PrefixTuning(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         layers, _, heads, width = self.shape
         config = {
-            "peft_type": KIND, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.name,
+            "peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.name,
             "num_virtual_tokens": self.length, "token_dim": heads * width, "num_attention_heads": heads,
             "num_layers": layers, "num_transformer_submodules": 1, "prefix_projection": False,
             "encoder_hidden_size": heads * width, "inference_mode": True,
         }  # fmt: skip
-        (directory / adapters.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / peft_files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         folded = {"prompt_embeddings": self.folded()[0].cpu().contiguous()}
-        save_file(folded, directory / adapters.WEIGHTS, metadata={"format": "pt"})
-        (directory / EXACT).unlink(missing_ok=True)  # of an earlier run
+        save_file(folded, directory / peft_files.WEIGHTS, metadata={"format": "pt"})
+        (directory / EXACT_WEIGHTS).unlink(missing_ok=True)  # of an earlier run
         if self.reparam:
-            save_file({name: p.detach().cpu() for name, p in self.named_parameters()}, directory / EXACT)
+            save_file({name: p.detach().cpu() for name, p in self.named_parameters()}, directory / EXACT_WEIGHTS)
 
     @torch.no_grad()
     def load(self, directory) -> None:
@@ -142,10 +141,10 @@ class PrefixTuning(nn.Module):
         length = saved_length(directory)
         if length != self.length:
             raise UsageError(f"{directory}: a prefix of {length} tokens, but this run has --num_prefix {self.length}")
-        if self.reparam and not (Path(directory) / EXACT).exists():
+        if self.reparam and not (Path(directory) / EXACT_WEIGHTS).exists():
             raise UsageError(f"{directory}: a prefix without reparametrisation: go on from it with --no_reparam")
-        file = Path(directory) / (EXACT if self.reparam else adapters.WEIGHTS)
-        tensors, _ = adapters.read_tensors(file)
+        file = Path(directory) / (EXACT_WEIGHTS if self.reparam else peft_files.WEIGHTS)
+        tensors, _ = peft_files.read_tensors(file)
         own = dict(self.named_parameters()) if self.reparam else {"prompt_embeddings": self.embedding}
         for name, p in own.items():
             saved = tensors.get(name)
@@ -160,7 +159,7 @@ def trained_prefix(model: nn.Module) -> PrefixTuning | None:
 
 
 @torch.inference_mode()
-def real_states(model, tokens: Tensor) -> tuple[Tensor, list[torch.device]]:
+def activations_of_tokens(model, tokens: Tensor) -> tuple[Tensor, list[torch.device]]:
     """[layers, 2, heads, tokens, D] fp32 on the CPU: keys and values of these tokens [1, tokens]; and each layer's
     device."""
     cache = DynamicCache(config=model.config)
@@ -173,8 +172,8 @@ def real_states(model, tokens: Tensor) -> tuple[Tensor, list[torch.device]]:
 
 def saved_length(directory) -> int:
     """Tokens of a saved prefix; raises UsageError where it is none."""
-    config = adapters.read_config(directory)
+    config = peft_files.read_adapter_config(directory)
     length = config.get("num_virtual_tokens")
-    if config["peft_type"] != KIND or type(length) is not int or length < 1 or config.get("prefix_projection"):
-        raise UsageError(f"{Path(directory) / adapters.CONFIG}: not a prefix of ready-made keys and values")
+    if config["peft_type"] != PEFT_TYPE or type(length) is not int or length < 1 or config.get("prefix_projection"):
+        raise UsageError(f"{Path(directory) / peft_files.CONFIG}: not a prefix of ready-made keys and values")
     return length

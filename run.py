@@ -17,21 +17,31 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import parallel
-import results
-import staged
-from arguments import OurArguments, parse
-from framework import Framework, Rows
+import utils
+from cli import results
+from cli.arguments import OurArguments, parse
+from cli.machine import keep_pages
+from distributed import collectives, stop_signals
+from framework import Framework
+from scoring import staged_results
+from scoring.prompts import EvalBatch
 from tasks import get_task
-from utils import UsageError, keep_pages
+from training import checkpoints
+from utils import UsageError
 
 logger = logging.getLogger("run")
 # What says all there is to say in its own words, and what every rank raises where one does.
-SAID = (UsageError, FloatingPointError, checkpoint.Unsaved, parallel.PeerLost, parallel.PeerFailed, parallel.Diverged)
+EXPECTED_ERRORS = (
+    UsageError,
+    FloatingPointError,
+    checkpoints.StateNotSaved,
+    collectives.PeerLost,
+    collectives.PeerFailed,
+    collectives.Diverged,
+)
 
 
-def draw(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
+def draw_train_sets(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
     """[(set's seed, training rows, dev rows)]: dev comes from the end of the draw and never out of the training rows.
 
     One (None, [], []) where nothing is trained and every evaluation example gets demonstrations of its own.
@@ -67,12 +77,12 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
     dev_rows = framework.rows(dev_samples)
     measured, start, cpu = {"train_set": train_set}, time.perf_counter(), time.process_time()
-    with parallel.Signals(args.save_on_interrupt and trains) as signals:
+    with stop_signals.StopSignals(args.save_on_interrupt and trains) as signals:
         if trains:
-            with parallel.locked(output_dir):
+            with checkpoints.lock_on_main(output_dir):
                 framework.train(train_samples, dev_rows, output_dir, signals)
             measured["forward_passes"] = framework.trainer.forward_passes
-            if parallel.size() > 1:
+            if collectives.world_size() > 1:
                 measured["ranks"] = framework.trainer.exchange.report()
                 logger.info("ranks: %s", measured["ranks"])
         elif args.linear_probing:
@@ -80,7 +90,7 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
         measured["train_seconds"] = round(time.perf_counter() - start, 2)
         measured["train_cpu_seconds"] = round(time.process_time() - cpu, 2)  # of all threads, whoever else is busy
         with signals.interruptible():
-            measured |= look(framework, output_dir, train_set, dev_rows, eval_rows)
+            measured |= evaluate_and_write(framework, output_dir, train_set, dev_rows, eval_rows)
     measured["seconds"] = round(time.perf_counter() - start, 2)
     if framework.estimate:
         measured["estimated_memory_mb"] = round(framework.estimate.total / 1e6)
@@ -89,7 +99,9 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     return measured
 
 
-def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval_rows: Rows | None) -> dict:
+def evaluate_and_write(
+    framework: Framework, output_dir: Path, train_set, dev_rows: EvalBatch, eval_rows: EvalBatch | None
+) -> dict:
     """What the model, trained or not, is worth: its files, its metrics and its predictions, as the flags ask."""
     args, measured = framework.args, {}
     write_models(framework, output_dir)
@@ -98,24 +110,26 @@ def look(framework: Framework, output_dir: Path, train_set, dev_rows: Rows, eval
     if eval_rows:
         found = framework.predict(eval_rows)
         measured |= framework.metrics(found)
-        if args.predictions and parallel.leads():
+        if args.predictions and collectives.is_main_process():
             path = Path(args.predictions)
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
             several = (args.num_train_sets or 1) > 1
-            checkpoint.write_atomically(results.set_path(path, train_set) if several else path, lines)
+            checkpoints.write_atomically(results.set_path(path, train_set) if several else path, lines)
     if args.staged:
         lora, progress = framework.lora_module, not args.disable_tqdm
-        measured["staged"] = staged.stages(lora, lambda: framework.evaluate(eval_rows, False), args.staged, progress)
-        logger.info("\n".join(staged.table(measured["staged"], framework.task.metric_name)))
+        measured["staged"] = staged_results.evaluate_prefixes(
+            lora, lambda: framework.evaluate(eval_rows, False), args.staged, progress
+        )
+        logger.info("\n".join(staged_results.format_stages(measured["staged"], framework.task.metric_name)))
     return measured
 
 
 def write_models(framework: Framework, output_dir: Path) -> None:
     """The files of `--save_merged` and `--export_rank`."""
     args = framework.args
-    if args.save_merged and parallel.leads():
+    if args.save_merged and collectives.is_main_process():
         framework.save_merged(output_dir / "merged")
-    if args.export_rank and parallel.leads():
+    if args.export_rank and collectives.is_main_process():
         framework.export(output_dir / f"rank{args.export_rank}")
 
 
@@ -124,7 +138,7 @@ def replay(args: OurArguments) -> int:
     start, first = time.perf_counter(), args.train_set_seed
     output_dir = args.run_dir(args.seed if first is None else first)
     args.announce()
-    with checkpoint.locked(output_dir):
+    with checkpoints.lock_output_dir(output_dir):
         framework = Framework(args, None)
         framework.replay(args.replay, output_dir)
         write_models(framework, output_dir)
@@ -132,9 +146,9 @@ def replay(args: OurArguments) -> int:
     return 0
 
 
-def explanation(error: Exception) -> str | None:
+def message(error: Exception) -> str | None:
     """What to tell the person at the terminal; None where only a traceback tells it."""
-    if isinstance(error, SAID) or checkpoint.is_full(error):
+    if isinstance(error, EXPECTED_ERRORS) or checkpoints.is_disk_full(error):
         return " ".join(str(error).split())
     words = str(error)
     if isinstance(error, ImportError):  # a package that a flag asks for
@@ -150,12 +164,12 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
-def say(words: str, alone: bool = False) -> None:
+def print_error(words: str, alone: bool = False) -> None:
     """The last line of a run that does not end well: rank 0's, and of another rank what it `alone` knows."""
-    if parallel.leads():
+    if collectives.is_main_process():
         print(f"run.py: {words}", file=sys.stderr)
     elif alone:
-        print(f"run.py: rank {parallel.rank()}: {words}", file=sys.stderr)
+        print(f"run.py: rank {collectives.rank()}: {words}", file=sys.stderr)
 
 
 def main(argv=None) -> int:
@@ -166,38 +180,38 @@ def main(argv=None) -> int:
         if args.replay:
             return replay(args)
         task = get_task(args.task_name, args.data_dir, args.own, args.metric)
-        sets = draw(args, task)
-        path = results.path_of(args, [seed for seed, _, _ in sets])
+        sets = draw_train_sets(args, task)
+        path = results.result_path(args, [seed for seed, _, _ in sets])
         made = Path(args.output_dir) / "config.json" if args.save_merged or args.export_rank else None
         for flag, file in (("--result_file", path), ("--predictions", args.predictions), ("--output_dir", made)):
             if file:
-                checkpoint.refuse_unwritable(file, flag)
+                checkpoints.check_writable(file, flag)
         args.announce()
         measured = []
         for one in sets:
             measured.append(run_set(args, task, *one))
             gc.collect()  # the trainer and its callbacks hold each other, and the model, while the next one loads
-            if len(sets) > 1 and parallel.leads():
-                results.write(results.set_path(path, one[0]), args, measured[-1:])
-        if not parallel.leads():
+            if len(sets) > 1 and collectives.is_main_process():
+                results.write_result(results.set_path(path, one[0]), args, measured[-1:])
+        if not collectives.is_main_process():
             return 0
-        result = results.write(path, args, measured)
+        result = results.write_result(path, args, measured)
         if args.staged:
             labels = [f"trainset{one['train_set']}" for one in measured]
-            staged.picture([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
-    except checkpoint.Interrupted as signal:
-        say(f"stopped by {signal}; the same command goes on from the last checkpoint")
-        return checkpoint.REQUEUE
+            staged_results.plot([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
+    except utils.Interrupted as signal:
+        print_error(f"stopped by {signal}; the same command goes on from the last checkpoint")
+        return stop_signals.EXIT_REQUEUE
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from the last checkpoint")
+        print_error("interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as raised:
-        error = parallel.peer_lost(raised) if parallel.of_network(raised) else raised
-        said = explanation(error)
+        error = collectives.peer_lost_error(raised) if collectives.is_network_error(raised) else raised
+        said = message(error)
         if not said:
             raise
-        lost = isinstance(error, parallel.PeerLost) and parallel.rank() == 1  # rank 0 itself, perhaps
-        say(f"error: {said}", alone=lost or not isinstance(error, SAID))
+        lost = isinstance(error, collectives.PeerLost) and collectives.rank() == 1  # rank 0 itself, perhaps
+        print_error(f"error: {said}", alone=lost or not isinstance(error, EXPECTED_ERRORS))
         return 2 if isinstance(error, UsageError | ImportError | pickle.UnpicklingError) else 1
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0

@@ -115,7 +115,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Own:
+class CustomTask:
     """How a task of the user's own is put together; the fields are the flags of the same names."""
 
     template: str | None = None
@@ -126,9 +126,9 @@ class Own:
     answer_column: str | None = None
 
 
-def own_spec(own: Own, first_row: dict) -> Spec:
+def custom_spec(own: CustomTask, first_row: dict) -> Spec:
     """The `Spec` of these flags; without any, the columns `messages`, or `prompt` and `response`, say what it is."""
-    if own == Own():
+    if own == CustomTask():
         if "messages" in first_row:
             return Spec({"messages": conversation}, None, kind=TEXT)
         if "prompt" in first_row and "response" in first_row:
@@ -146,7 +146,7 @@ def own_spec(own: Own, first_row: dict) -> Spec:
     if not own.template or len(given) != 1 or not all(ways[given[0]]):
         raise UsageError(f"--task_name own needs --template and one of: {'; '.join(ways)}")
     try:
-        columns = dict.fromkeys(templates.fields(own.template), readable)
+        columns = dict.fromkeys(templates.template_columns(own.template), readable)
     except ValueError as error:
         raise UsageError(f"--template {own.template!r}: {error}") from error
     if not columns:
@@ -172,7 +172,7 @@ def own_spec(own: Own, first_row: dict) -> Spec:
 
         return Spec(
             {**columns, own.label_column: known},
-            templates.own(own.template, templates.label_words(words)),
+            templates.custom_template(own.template, templates.label_words(words)),
             correct=lambda row: label(row[own.label_column]),
             candidates=lambda row: list(words),
         )
@@ -184,7 +184,7 @@ def own_spec(own: Own, first_row: dict) -> Spec:
 
         return Spec(
             {**columns, own.candidates_column: [str], own.answer_index_column: index},
-            templates.own(own.template, lambda data, candidate: candidate),
+            templates.custom_template(own.template, lambda data, candidate: candidate),
             correct=lambda row: row[own.candidates_column][row[own.answer_index_column]],
             candidates=lambda row: row[own.candidates_column],
             distinct=True,
@@ -198,7 +198,7 @@ def own_spec(own: Own, first_row: dict) -> Spec:
 
     return Spec(
         {**columns, own.answer_column: answers},
-        templates.own(own.template, templates.line),
+        templates.custom_template(own.template, templates.answer_line),
         correct=lambda row: answers(row[own.answer_column]),
         kind=GENERATION,
     )
@@ -242,7 +242,7 @@ class Dataset:
 
     train_sep = "\n\n"
 
-    def __init__(self, name: str, data_dir=None, own: Own | None = None, metric: str | None = None):
+    def __init__(self, name: str, data_dir=None, own: CustomTask | None = None, metric: str | None = None):
         self.name, splits = name, {}
         if data_dir is None and own is None:
             self.spec = TASKS[name]
@@ -254,7 +254,7 @@ class Dataset:
             self.spec = None if own else TASKS[name]
             for split in SPLITS:
                 numbered, digest = read_jsonl(folder / f"{split}.jsonl")
-                self.spec = self.spec or own_spec(own, numbered[0][1])
+                self.spec = self.spec or custom_spec(own, numbered[0][1])
                 for number, row in numbered:
                     check_row(f"{folder / split}.jsonl, row {number}", row, self.spec)
                 splits[split] = [row for _, row in numbered], digest
@@ -380,8 +380,8 @@ def check_cell(value, kind) -> None:
         raise ValueError("is empty")
 
 
-def get_task(name: str, data_dir=None, own: Own | None = None, metric: str | None = None) -> Dataset:
+def get_task(name: str, data_dir=None, own: CustomTask | None = None, metric: str | None = None) -> Dataset:
     """The task of that name, or one of the user's own (name "own"); raises UsageError for an unknown one."""
     if name != "own" and name not in TASKS:
         raise UsageError(f"unknown task {name!r}; there are {', '.join(TASKS)}, and own")
-    return Dataset(name, data_dir, (own or Own()) if name == "own" else None, metric)
+    return Dataset(name, data_dir, (own or CustomTask()) if name == "own" else None, metric)

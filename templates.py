@@ -39,14 +39,14 @@ def label_words(words: dict, sep: str = "") -> Callable[[dict, object], str]:
     return lambda data, candidate: sep + words[candidate]
 
 
-def first(candidate):
+def first_answer(candidate):
     """The candidate, or the first of several right ones."""
     return candidate[0] if isinstance(candidate, list) else candidate
 
 
-def line(data, candidate) -> str:
+def answer_line(data, candidate) -> str:
     """The ending of a generation task: an answer, and the line is over."""
-    return f" {first(candidate)}\n"
+    return f" {first_answer(candidate)}\n"
 
 
 NO_YES, YES_NO = label_words({0: "No", 1: "Yes"}), label_words({0: "Yes", 1: "No"})
@@ -110,17 +110,17 @@ copa = Template(
 )
 record = Template(
     lambda data: data["passage"].replace("@highlight\n", "- ") + "\n-",
-    lambda data, candidate: " " + data["query"].replace("@placeholder", first(candidate)),
+    lambda data, candidate: " " + data["query"].replace("@placeholder", first_answer(candidate)),
     calibration=lambda data: "-",
 )
 squad = Template(
     lambda data: f"Title: {data['title']}\nContext: {data['context']}\nQuestion: {data['question'].strip()}\nAnswer:",
-    line,
+    answer_line,
 )
-drop = Template(lambda data: f"Passage: {data['passage']}\nQuestion: {data['question'].strip()}\nAnswer:", line)
+drop = Template(lambda data: f"Passage: {data['passage']}\nQuestion: {data['question'].strip()}\nAnswer:", answer_line)
 
 
-def fields(text: str) -> list[str]:
+def template_columns(text: str) -> list[str]:
     """Names of the columns in a template of the command line; raises ValueError where a brace is not around one."""
     parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
     if any(spec or conversion for _, spec, conversion in parts):
@@ -128,7 +128,7 @@ def fields(text: str) -> list[str]:
     return [name for name, _, _ in parts]
 
 
-def own(text: str, ending: Callable[[dict, object], str]) -> Template:
+def custom_template(text: str, ending: Callable[[dict, object], str]) -> Template:
     """A template of the command line: `{column}` stands for a cell, `\\n` for a newline.
 
     The candidate follows after a space, or at once where the template ends in white space. Calibrated, the prompt is

@@ -10,11 +10,12 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
-import arguments
+from cli import arguments
 from lora import LoRA
-from scoring import Example, loss, pack
+from scoring.logprobs import loss
+from scoring.packing import Example, pack
 from trainer import OurTrainer
-from zo import ZerothOrder
+from zo.optimizer import ZerothOrder
 
 IDS = torch.arange(48).view(3, 16) * 11 % 97
 

@@ -18,37 +18,37 @@ import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-import bottom
-import fsdp
-import parallel
-import scoring
-import shares
-from boosting import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
-from check import advice, check, rounding_walk
-from methods import get_method
-from saving import OWED, SavingTrainer, Stopping
-from trajectory import Trajectory
+from boosters.rounds import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
+from cli.validation import find_method
+from distributed import collectives, data_parallel, sharding
+from scoring import packing
+from training import activation_cache
+from training.resumable_trainer import PENDING_EVAL, DivergenceWatch, ResumableTrainer, StopOnSignal
 from utils import UsageError
-from zo import ZerothOrder
+from zo.diagnostics import diagnose, recommendations, rounding_drift
+from zo.optimizer import ZerothOrder
+from zo.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-BUSY = 512  # tokens of a batch that keep a CPU's matrix products busy: below, copies take 0.7–0.96 of the time
+SATURATING_TOKENS = (
+    512  # tokens of a batch that keep a CPU's matrix products busy: below, copies take 0.7–0.96 of the time
+)
 TRAJECTORY = "trajectory.safetensors"
 
 
-def copies(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "auto") -> int:
+def points_per_forward(tokens: int, points: int, cpu: bool, adapters: bool, wish: str = "auto") -> int:
     """How many points one forward of a batch serves: a rule on device and tokens, so that a resume chooses the same.
 
     On a CPU adapters gain nothing once a batch keeps the matrix products busy (bench/step.py); full parameters always
     do, because a block of z then serves all points. Copies go through in groups within evaluation's budget.
     """
-    if wish == "off" or (wish == "auto" and adapters and cpu and tokens > BUSY):
+    if wish == "off" or (wish == "auto" and adapters and cpu and tokens > SATURATING_TOKENS):
         return 1
-    return max(1, min(points, scoring.TOKENS // tokens))
+    return max(1, min(points, packing.MAX_TOKENS // tokens))
 
 
-class OurTrainer(SavingTrainer):
+class OurTrainer(ResumableTrainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
     Args (besides SavingTrainer's):
@@ -59,7 +59,7 @@ class OurTrainer(SavingTrainer):
 
     def __init__(self, *args, loss_fn, dev_loss_fn=None, **kwargs):
         self.loss_fn, self.dev_loss_fn = loss_fn, dev_loss_fn
-        self.store: bottom.Store | None = None
+        self.store: activation_cache.ActivationCache | None = None
         self.fraction = 1.0  # of a step's loss that is this micro-batch's, and this rank's
         if getattr(kwargs["model"], "is_quantized", False):  # the Trainer wants adapters there, and knows PEFT's only
             kwargs["model"]._hf_peft_config_loaded = True
@@ -67,14 +67,14 @@ class OurTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer shall divide it by the micro-batches
         self.zeroth_order = self.args.trainer == "zo"
         self.takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
-        self.method = get_method(self.args.zo_method)(self.args.zo_queries)
+        self.method = find_method(self.args.zo_method)(self.args.zo_queries)
         self.boosting = Boosting(self)
         if self.args.xgblora:
             self.add_callback(self.boosting)
-        self.add_callback(Stopping(self))
-        if parallel.size() > 1:
-            self.add_callback(parallel.Watch(self.settings, self.args.rank_check_steps))
-        self.exchange = shares.Exchange(self.args.zo_parallel == "queries", self.signals)
+        self.add_callback(StopOnSignal(self))
+        if collectives.world_size() > 1:
+            self.add_callback(DivergenceWatch(self.settings, self.args.rank_check_steps))
+        self.exchange = data_parallel.LossAllGather(self.args.zo_parallel == "queries", self.signals)
 
     # ---- the step ----
 
@@ -87,7 +87,7 @@ class OurTrainer(SavingTrainer):
                 super().create_optimizer(model)
             except (ValueError, ImportError) as error:
                 raise UsageError(f"--optim {args.optim}: {error}") from error
-            self.optimizer.register_load_state_dict_pre_hook(fsdp.divide_state)
+            self.optimizer.register_load_state_dict_pre_hook(sharding.shard_optimizer_state)
             if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)
         elif self.optimizer is None:
@@ -107,7 +107,7 @@ class OurTrainer(SavingTrainer):
                 normalize=args.zo_normalize, master=adapter is not None, method=self.method,
                 distribution=args.zo_distribution, optim=args.zo_optim, spread=adapter.spread if adapter else None,
             )  # fmt: skip
-            walk = rounding_walk(self.zo, args.learning_rate)
+            walk = rounding_drift(self.zo, args.learning_rate)
             if walk > 1:
                 logger.warning(
                     "rounding moves these half-precision weights about %.0f x as far as the updates do (|g| = 1): "
@@ -123,7 +123,7 @@ class OurTrainer(SavingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         weight = inputs.pop("weight", 1)
         self.fraction = weight / (num_items_in_batch or weight * self.current_gradient_accumulation_steps)
-        if parallel.size() > 1:
+        if collectives.world_size() > 1:
             return self.shared_step(super().training_step, model, inputs)
         if not self.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -149,7 +149,9 @@ class OurTrainer(SavingTrainer):
             if zo:
                 self.zo.add(totals)
             else:
-                shares.add_gradients([p for p in parallel.trained(self.optimizer) if p.requires_grad])
+                data_parallel.sum_gradients(
+                    [p for p in collectives.optimizer_params(self.optimizer) if p.requires_grad]
+                )
         return torch.tensor(math.fsum(totals) / len(totals), device=self.args.device)
 
     def ask(self, model, inputs, points) -> list[float]:
@@ -167,18 +169,18 @@ class OurTrainer(SavingTrainer):
         if self.store:
             hidden = self.store(inputs)
         else:
-            hidden = bottom.reached(layers[first], partial(self.loss_fn, self.model, inputs))
-        return contextlib.nullcontext() if hidden is None else bottom.given(layers, first, hidden)
+            hidden = activation_cache.capture_hidden_states(layers[first], partial(self.loss_fn, self.model, inputs))
+        return contextlib.nullcontext() if hidden is None else activation_cache.skip_lower_layers(layers, first, hidden)
 
     def cache_activations(self, plain: bool) -> None:
         """`--zo_cache_activations`: run the bottom on every training row, once for the whole run."""
         layers, first = self.lora_module.lowest
-        ranks = (parallel.rank(), parallel.size()) if self.args.shares > 1 else (0, 1)
+        ranks = (collectives.rank(), collectives.world_size()) if self.args.shares > 1 else (0, 1)
 
         def fill():
-            self.store = bottom.Store(self.model, layers, first, self.train_dataset, plain, *ranks)
+            self.store = activation_cache.ActivationCache(self.model, layers, first, self.train_dataset, plain, *ranks)
 
-        parallel.together(fill)
+        collectives.run_on_all(fill)
         self.train_dataset = self.store.examples
         self.data_collator.stored = True
 
@@ -188,7 +190,7 @@ class OurTrainer(SavingTrainer):
         inputs = next(batch for batch in self.get_train_dataloader() if "input_ids" in batch)
         inputs = self._prepare_inputs(inputs)
         self.model.eval()
-        for line in advice(check(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
+        for line in recommendations(diagnose(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
             logger.info(line)
         self.optimizer = None  # a resume may go on in a later round, of other shapes, and makes its own
 
@@ -196,7 +198,7 @@ class OurTrainer(SavingTrainer):
         if not self.takes_copies:
             return 1
         tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
-        return copies(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
+        return points_per_forward(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss_fn(model, inputs) * (self.fraction * self.current_gradient_accumulation_steps)  # it divides
@@ -282,7 +284,7 @@ class OurTrainer(SavingTrainer):
         if keep:
             kept = keep()
             lora.truncate(kept)
-        if not (self.zeroth_order and self.method.replayable and parallel.leads()):
+        if not (self.zeroth_order and self.method.replayable and collectives.is_main_process()):
             return
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         steps = int(best.rpartition("-")[2]) if best else self.state.global_step
@@ -342,7 +344,7 @@ class OurTrainer(SavingTrainer):
                 "asked for: --output_dir other, or --overwrite"
             )
         self.state = state
-        if state.stateful_callbacks.pop(OWED, None):
+        if state.stateful_callbacks.pop(PENDING_EVAL, None):
             self._load_from_checkpoint(str(found))
             self.make_up()
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None

@@ -3,18 +3,34 @@
 `encode_prompt` is where text becomes numbers; the ids that it gives are those of the MeZO code (arXiv 2305.17333).
 """
 
-import ctypes
 import importlib.util
 import logging
-import re
-import resource
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. No Exception, so that no `except Exception` on the way takes it for a failure."""
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a layer that has a weight computes."""
+    if not module.weight.is_meta:
+        return module.weight.device
+    hook = module._hf_hook  # of several hooks the first is the one that brings the weight
+    return torch.device(getattr(hook, "hooks", [hook])[0].execution_device)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: to the embedding."""
+    return execution_device(model.get_input_embeddings())
+
+
 # Where it is installed, peft imports it, and it says at every start which of its fast kernels it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -23,7 +39,7 @@ class UsageError(ValueError):
     """Bad input: one line that says what is wrong and what to type instead. `run.py` prints it and exits with 2."""
 
 
-def from_file(name: str):
+def load_from_file(name: str):
     """What `file.py:name` stands for, or None where there is no such file or nothing of that name in it."""
     path, _, attribute = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
@@ -175,55 +191,3 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
     if not learned:
         raise UsageError(f"{where}: no token to learn within --max_length {max_length}")
     return ids, learned, cut
-
-
-def keep_pages(keep: bool = True) -> None:
-    """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
-
-    `bench/step.py --default_malloc` shows what it is worth. Where it is not to `keep` it, that costs time and saves
-    memory. Does nothing where there is no glibc.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30 if keep else 1 << 16)
-    except (OSError, AttributeError):
-        pass
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX); False where Linux can't tell."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of this process in MB: allocated on the GPU where there is one, else resident.
-
-    Read from /proc where there is one: `ru_maxrss` of a new process starts at what its parent had.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def ending_in(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Names of modules that are one of `wanted`, or end in one behind a dot."""
-    return [name for name in names if any(f".{name}".endswith(f".{w}") for w in wanted)]
-
-
-def layer_choice(text: str) -> tuple[str, int]:
-    """("all" | "top" | "random", N; 0 stands for half) of `all`, `top:N`, `random:N`; raises UsageError for others."""
-    kind, _, number = text.partition(":")
-    if text == "all":
-        return "all", 0
-    if kind in ("top", "random") and (number == "half" or (number.isdecimal() and int(number) > 0)):
-        return kind, 0 if number == "half" else int(number)
-    raise UsageError(f"layers {text!r}: there are all, top:N and random:N (N may be half)")

@@ -3,7 +3,7 @@
 SmolLM2-135M on the Reviews of the starter: zero-shot, MeZO-LoRA as published (rank 8, alpha 16) and MeZO-XGBLoRA
 (`--recipe fast`: rank-1 boosters in the upper half of the layers, B only, normalised steps, cached activations). Five
 steps are timed first, so that both trainings fit into six minutes together: a quarter for MeZO-LoRA, whose curve is
-flat at this scale, the rest for boosting (at equal forward passes the two stand in docs/EXPERIMENTS.md). Results go to
+flat at this scale, the rest for boosting (at equal forward passes the two stand in research/EXPERIMENTS.md). Results go to
 result/demo/*.json, the curves to result/demo/curve.png.
 """
 
@@ -18,14 +18,17 @@ from statistics import fmean, median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-import run  # noqa: E402
-import scoring  # noqa: E402
-import utils  # noqa: E402
-from metrics import accuracy, best_threshold_accuracy  # noqa: E402
-from results import write as write_result  # noqa: E402
-from zo import ZerothOrder  # noqa: E402
+import run
+from cli import machine
+from cli.results import write_result as write_result
+from scoring import (
+    logprobs,
+    packing,
+)
+from scoring.metrics import accuracy, best_threshold_accuracy
+from zo.optimizer import ZerothOrder
 
 OUT = ROOT / "result" / "demo"
 BATCH, TRAIN, DEV, SHOWN = 8, 1000, 100, 5
@@ -40,7 +43,7 @@ METHODS = {
 
 def framework(flags: str, seed: int) -> run.Framework:
     starter = ROOT / "starter"
-    dtype = "--load_bfloat16" if utils.cpu_has_bf16() or torch.cuda.is_available() else ""
+    dtype = "--load_bfloat16" if machine.cpu_has_bf16() or torch.cuda.is_available() else ""
     common = f"--model_name {starter / 'smollm2-135m'} --data_dir {starter} --task_name Reviews --seed {seed} {dtype}"
     return run.Framework(run.parse(f"{common} {flags}".split()), run.get_task("Reviews", starter))
 
@@ -51,8 +54,8 @@ def time_step(seed: int) -> float:
     examples = made.prompts.examples(made.task.sample_subset("train", seed, 6 * BATCH))
     engine, seconds = ZerothOrder(made.model, lr=0.0, eps=1e-2), []
     for i in range(6):
-        batch, start = scoring.pack(examples[BATCH * i : BATCH * i + BATCH]), time.perf_counter()
-        engine.step(lambda batch=batch: scoring.loss(made.model, batch, True))
+        batch, start = packing.pack(examples[BATCH * i : BATCH * i + BATCH]), time.perf_counter()
+        engine.step(lambda batch=batch: logprobs.loss(made.model, batch, True))
         seconds.append(time.perf_counter() - start)
     return median(seconds[1:])
 
@@ -71,7 +74,7 @@ def fit_steps(seconds: float, step: float, cached: bool) -> int:
 def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     """One method in a process of its own, so that its peak memory is its own; everything it found goes to a file."""
     run.logging.basicConfig(level=run.logging.WARNING)
-    utils.keep_pages()
+    machine.keep_pages()
     flags += f" --output_dir {OUT / name} --overwrite --train_as_classification --per_device_train_batch_size {BATCH}"
     flags += f" --max_steps {steps} --logging_steps 5 --save_steps {steps} --save_total_limit 1"
     trains = "--trainer zo" in flags
@@ -88,7 +91,7 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     validation = made.task.sample_subset("validation", 0, sys.maxsize)
     golds = [s.correct_candidate for s in validation]
     scores = made.scores(made.rows(validation))
-    prior = scoring.score(made.model, made.prompts.examples(validation[:1], sfc=True))[0]
+    prior = logprobs.score(made.model, made.prompts.examples(validation[:1], sfc=True))[0]
     margins = [b - a for a, b in scores]
     measured |= {
         "accuracy": accuracy([int(m > 0) for m in margins], golds),
@@ -157,8 +160,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    utils.keep_pages()
-    fast = utils.cpu_has_bf16()
+    machine.keep_pages()
+    fast = machine.cpu_has_bf16()
     print(f"weights in {'bfloat16, which this CPU has' if fast else 'float32: this CPU has no bfloat16'} in hardware")
     steps = {name: args.steps for name in METHODS}
     if not args.steps:

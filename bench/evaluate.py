@@ -20,13 +20,16 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from step import plain_loss, random_opt  # noqa: E402
+import torch
+from step import plain_loss, random_opt
 
-import generation  # noqa: E402
-import run  # noqa: E402
-import scoring  # noqa: E402
-import utils  # noqa: E402
+import run
+from cli import machine
+from scoring import (
+    generate,
+    logprobs,
+    packing,
+)
 
 # name: (task, demonstrations, rows for ours, rows for plain in a round)
 CASES = {
@@ -40,7 +43,7 @@ CASES = {
 
 
 @torch.inference_mode()
-def plain_scores(model, example: scoring.Example) -> list[float]:
+def plain_scores(model, example: packing.Example) -> list[float]:
     """Log-probability of each option: one row each, alone, with the logits of all its positions."""
     scores = []
     for ids, n in zip(example.encodings, example.option_lens, strict=True):
@@ -83,7 +86,7 @@ def framework_of(args, task: str, dtype: str = "float32", model=None):
     )
     if model is not None:
         framework.model, framework.plain = model, False
-    framework.stops = generation.stop_ids(framework.tokenizer, "\n") if framework.task.generation else None
+    framework.stops = generate.stop_ids(framework.tokenizer, "\n") if framework.task.generation else None
     return framework
 
 
@@ -125,8 +128,8 @@ def training_forward(args, model, rounds: int) -> None:
     seconds = {name: [] for name in ("padded", "ours", "bare")}
     for i in range(rounds):
         examples = framework.prompts.examples(framework.task.sample_subset("train", i, 16))
-        batch = scoring.pack(examples)
-        mask = scoring.attention_mask(batch["end"], 0, model.dtype)
+        batch = packing.pack(examples)
+        mask = logprobs.attention_mask(batch["end"], 0, model.dtype)
 
         def bare(batch=batch, mask=mask):
             inputs = {"attention_mask": mask, "position_ids": batch["position_ids"], "use_cache": False}
@@ -135,7 +138,7 @@ def training_forward(args, model, rounds: int) -> None:
 
         functions = {
             "padded": lambda examples=examples: plain_loss(model, examples),
-            "ours": lambda examples=examples: scoring.loss(model, scoring.pack(examples), True),
+            "ours": lambda examples=examples: logprobs.loss(model, packing.pack(examples), True),
             "bare": bare,
         }
         with torch.inference_mode():
@@ -166,15 +169,15 @@ def main() -> None:
     parser.add_argument("--peak", choices=["ours", "plain"], help="only print the peak memory of this side")
     args = parser.parse_args()
     if not args.default_malloc:
-        utils.keep_pages()
+        machine.keep_pages()
     if args.model_name == "opt-125m":
         args.model_name = str(random_opt("opt-125m", args.tokenizer, ROOT / "result" / "opt-125m", "cpu"))
-    before = utils.peak_memory_mb()
+    before = machine.peak_memory_mb()
     model = framework_of(args, "SST2", args.dtype).model
     if args.peak:
         task, demos, n_ours, n_plain = CASES[args.cases[0]]
         sides(framework_of(args, task, args.dtype, model), demos, min(n_ours, 200), n_plain)[args.peak == "plain"]()
-        print(utils.peak_memory_mb() - before)
+        print(machine.peak_memory_mb() - before)
         return
     print(f"\n{Path(args.model_name).name}, {args.dtype}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     print(f"{'':18} {'rows':>5} {'plain ex/s':>11} {'ours ex/s':>10} {'ratio':>6} {'plain MB':>9} {'ours MB':>8}")

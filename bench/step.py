@@ -25,17 +25,20 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-import bottom  # noqa: E402
-import directions  # noqa: E402
-import run  # noqa: E402
-import scoring  # noqa: E402
-import utils  # noqa: E402
-from lora import LoRA  # noqa: E402
-from noise import Noise  # noqa: E402
-from trainer import copies  # noqa: E402
-from zo import ZerothOrder  # noqa: E402
+import run
+from cli import machine
+from lora import LoRA
+from scoring import (
+    logprobs,
+    packing,
+)
+from trainer import points_per_forward
+from training import activation_cache
+from zo import counter_rng
+from zo.optimizer import ZerothOrder
+from zo.rng_kernels import DirectionSource
 
 KINDS = ("floor", "lora", "lora-copies", "all-linear", "xgblora-B", "upper-B", "upper-B-cached", "full-signs", "full")
 KINDS += ("plain-lora", "plain-full")
@@ -114,8 +117,8 @@ def side(kind: str, args, dtype: str):
 
         @torch.inference_mode()
         def step(batch, examples):
-            scoring.loss(model, batch, True)
-            scoring.loss(model, batch, True)
+            logprobs.loss(model, batch, True)
+            logprobs.loss(model, batch, True)
 
     elif kind.startswith("plain"):
 
@@ -131,16 +134,18 @@ def side(kind: str, args, dtype: str):
         def step(batch, examples):
             wish = "on" if kind == "lora-copies" else "auto"
             tokens, cpu = batch["input_ids"].numel(), framework.args.device.type == "cpu"
-            n, forward = copies(tokens, 2, cpu, engine.master, wish), contextlib.nullcontext()
+            n, forward = points_per_forward(tokens, 2, cpu, engine.master, wish), contextlib.nullcontext()
             if kind.startswith("upper"):
                 layers, first = framework.lora_module.lowest
                 if kind == "upper-B":
-                    hidden = bottom.reached(layers[first], partial(scoring.loss, model, batch, True))
+                    hidden = activation_cache.capture_hidden_states(
+                        layers[first], partial(logprobs.loss, model, batch, True)
+                    )
                 else:
                     hidden = framework.store(batch)
-                forward = bottom.given(layers, first, hidden)
+                forward = activation_cache.skip_lower_layers(layers, first, hidden)
             with forward:
-                engine.estimate(partial(scoring.loss, model, batch, True), copies=n)
+                engine.estimate(partial(logprobs.loss, model, batch, True), copies=n)
             engine.step()
 
     return framework, step
@@ -154,12 +159,12 @@ def sweeps(model) -> tuple[float, float]:
         for p in params:
             p.add_(0.0)
 
-    block = ZerothOrder(params, master=False).slots[0].block or directions.BLOCK
+    block = ZerothOrder(params, master=False).slots[0].block or counter_rng.CHUNK_SIZE
 
     def generate():
         for p in params:
             for first in range(0, p.numel(), block):
-                Noise(0).rows((0, 0), first, 1, range(min(block, p.numel() - first)), p.device)
+                DirectionSource(0).rows((0, 0), first, 1, range(min(block, p.numel() - first)), p.device)
 
     with torch.no_grad():
         return timed(sweep, model.device), timed(generate, model.device)
@@ -197,13 +202,13 @@ def main() -> None:
     parser.add_argument("--peak", choices=KINDS, help="only print the peak memory of this kind")
     args = parser.parse_args()
     if not args.default_malloc:
-        utils.keep_pages()
+        machine.keep_pages()
     if args.model_name in GEOMETRY:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         path = ROOT / "result" / args.model_name
         args.model_name = str(random_opt(args.model_name, args.tokenizer, path, device))
     if args.peak:
-        before = utils.peak_memory_mb()
+        before = machine.peak_memory_mb()
     for dtype in args.dtypes:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
@@ -216,17 +221,17 @@ def main() -> None:
         cached = sides.get("upper-B-cached")
         if cached:
             made = cached[0]
-            made.store = bottom.Store(made.model, *made.lora_module.lowest, examples, plain=False)
+            made.store = activation_cache.ActivationCache(made.model, *made.lora_module.lowest, examples, plain=False)
             examples = made.store.examples
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         if args.peak:
             for group in groups[:3]:
-                sides[args.peak][1](on_device(scoring.pack(group)), group)
-            print(utils.peak_memory_mb() - before)
+                sides[args.peak][1](on_device(packing.pack(group)), group)
+            print(machine.peak_memory_mb() - before)
             return
         seconds = {kind: [] for kind in (*args.kinds, "sweep", "z")}
         for i, group in enumerate(groups):
-            batch = on_device(scoring.pack(group))
+            batch = on_device(packing.pack(group))
             for kind, (_, step) in sides.items():
                 if device.type == "cuda":  # which chooses kernels and takes memory when it first sees a shape
                     step(batch, group)

@@ -27,8 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import directions
-from scoring import Example
+from scoring.packing import Example
+from zo import counter_rng
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parent.parent / "starter"))
@@ -146,7 +146,7 @@ def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def gaussian(counter: tuple, start: int, count: int) -> torch.Tensor:
-    return directions.stretch("gaussian", counter, start, count)
+    return counter_rng.direction_range("gaussian", counter, start, count)
 
 
 def some_examples(n=9, seed=0, beginning=0) -> list[Example]:

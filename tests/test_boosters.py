@@ -14,9 +14,9 @@ from test_lora import boosted, logits, train_a_bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import adapters
-import staged
+from boosters import chain, peft_files, targets
 from lora import LoRA
+from scoring import staged_results
 from utils import UsageError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -138,12 +138,14 @@ def test_a_saved_chain_is_the_same_bits_again_and_peft_adds_up_to_it(c, tmp_path
     assert torch.equal(model(x), again(x))
     for a, b in zip(lora.boosters, loaded.boosters, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[n].A, b[n].A) and torch.equal(a[n].B, b[n].B) for n in a)
-    config = adapters.adapter_config(path)
-    tensors, _ = adapters.read_tensors(path / adapters.WEIGHTS)
-    chain = dense(lora, [*adapters.load(path, {n: shape_of(m) for n, m in lora.modules.items()}, True).rounds])
+    config = peft_files.read_lora_config(path)
+    tensors, _ = peft_files.read_tensors(path / peft_files.WEIGHTS)
+    chain = dense(
+        lora, [*peft_files.load_adapter(path, {n: shape_of(m) for n, m in lora.modules.items()}, True).rounds]
+    )
     for name, delta in chain.items():
-        if f"{adapters.PREFIX}{name}.lora_A.weight" in tensors:
-            A, B = (tensors[f"{adapters.PREFIX}{name}.lora_{k}.weight"].double() for k in "AB")
+        if f"{peft_files.PREFIX}{name}.lora_A.weight" in tensors:
+            A, B = (tensors[f"{peft_files.PREFIX}{name}.lora_{k}.weight"].double() for k in "AB")
             alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
             assert len(A) == config.get("rank_pattern", {}).get(name, config["r"])
             assert torch.allclose(lora.modules[name].oriented(alpha / len(A) * B @ A), delta, atol=1e-5)
@@ -284,7 +286,7 @@ def test_random_layers_are_a_function_of_seed_and_round():
 
 def test_the_upper_layers_are_those_with_the_highest_numbers(family):
     lora = LoRA(tiny_model(family), 1, 16, xgblora=True, layers="top:1")
-    assert {adapters.layer_number(name) for name in lora.modules} == {1}
+    assert {targets.layer_number(name) for name in lora.modules} == {1}
     assert lora.lowest[1] == 1 and len(lora.lowest[0]) == 2
 
 
@@ -339,7 +341,7 @@ def test_a_live_booster_that_this_round_can_not_train_becomes_part_of_the_chain(
 @pytest.mark.parametrize("rank", [1, 3, 6, 50])
 def test_compression_is_the_best_of_its_rank(rank, family, tmp_path):
     model, lora = boosted(family, 6)
-    one, lost = adapters.compress(lora.boosters, rank)
+    one, lost = chain.compress(lora.boosters, rank)
     left = whole = 0.0
     for name, delta in dense(lora).items():
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
@@ -373,12 +375,12 @@ def test_a_grouped_query_model_has_its_own_shapes_per_layer():
 
 def test_the_best_stage_is_the_first_of_the_best():
     found = [{"boosters": k, "accuracy": a, "loss": x} for k, a, x in ((0, 0.5, 0.7), (1, 0.8, 0.5), (2, 0.8, 0.4))]
-    assert staged.best(found, "accuracy") == 1 and staged.best(found, "loss") == 2
-    lines = staged.table(found, "accuracy")
+    assert staged_results.best_prefix(found, "accuracy") == 1 and staged_results.best_prefix(found, "loss") == 2
+    lines = staged_results.format_stages(found, "accuracy")
     assert "best accuracy" in lines[2] and len(lines) == 4
 
 
 def test_a_picture_of_stages_is_drawn(tmp_path):
     found = [{"boosters": k, "accuracy": k / 3, "loss": 1 - k / 4} for k in range(3)]
-    staged.picture([found, found], ["a", "b"], "accuracy", tmp_path / "x" / "staged.png")
+    staged_results.plot([found, found], ["a", "b"], "accuracy", tmp_path / "x" / "staged.png")
     assert (tmp_path / "x" / "staged.png").read_bytes().startswith(b"\x89PNG")

@@ -10,15 +10,14 @@ from safetensors.torch import load_file
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 from test_trainer import framework  # noqa: F401 - a fixture
 
-import adapters
-import checkpoint
-import scoring
-import shares
-from arguments import parse
-from prompts import language_modelling
+from boosters import peft_files
+from cli.arguments import parse
+from scoring import evaluate, logprobs, packing
+from scoring.prompts import language_modelling_example
 from trainer import OurTrainer
-from trajectory import Trajectory
-from zo import ZerothOrder
+from training import checkpoints
+from zo.optimizer import ZerothOrder
+from zo.trajectory import Trajectory
 
 COMMON = (
     "--xgblora --xgblora_steps_per_iteration 4 --max_steps 11 --save_steps 1 --save_model --output_dir out --seed 3"
@@ -43,7 +42,7 @@ FORMS = {
 
 
 def keep_only(step: int) -> None:
-    for path in checkpoint.completed("out"):
+    for path in checkpoints.list_checkpoints("out"):
         if path.name != f"checkpoint-{step}":
             shutil.rmtree(path)
 
@@ -233,11 +232,11 @@ def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):  # noqa:
 def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: F811
     made = framework(ADAPT, rows=28, dev=4)
     rows = made.task.sample_subset("train", 0, 32)[28:]
-    expected = scoring.loss(made.model, scoring.pack(made.prompts.examples(rows)), True).item()
+    expected = logprobs.loss(made.model, packing.pack(made.prompts.examples(rows)), True).item()
     assert made.trainer.dev_loss() == pytest.approx(expected, abs=1e-5)
-    text = [language_modelling(x, True) for x in made.prompts.examples(rows)]
-    expected = scoring.loss(made.model, scoring.pack(text), False).item()
-    assert shares.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
+    text = [language_modelling_example(x, True) for x in made.prompts.examples(rows)]
+    expected = logprobs.loss(made.model, packing.pack(text), False).item()
+    assert evaluate.mean_loss(made.model, text, False) == pytest.approx(expected, abs=1e-5)
 
 
 # ---- what is kept, and how it is looked at ----
@@ -345,7 +344,7 @@ def test_a_recipe_sets_what_no_flag_has_set(go):  # noqa: F811
     args = parse(flags.split())
     assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == ("random:1", 9, False)
     result = go("--trainer zo --recipe fast --max_steps 30 --save_model --output_dir out")["sets"][0]
-    names = adapters.adapter_config("out")["target_modules"]
+    names = peft_files.read_lora_config("out")["target_modules"]
     assert result["boosters"] == 2 and all(".1." in name for name in names)  # the upper of two layers
     args = parse(["--trainer", "zo", "--recipe", "atoms"])
     assert (args.mode, args.lora_r, args.lora_alpha, args.learning_rate, args.zo_eps) == ("lora", 8, 1024, 5e-4, 2e-3)

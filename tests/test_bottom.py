@@ -9,12 +9,11 @@ from conftest import some_examples, tiny_model, tiny_tokenizer
 from test_lora import train_a_bit
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 
-import bottom
-import checkpoint
-import scoring
 from lora import LoRA
+from scoring import logprobs, packing
+from training import activation_cache, checkpoints
 from utils import UsageError
-from zo import ZerothOrder
+from zo.optimizer import ZerothOrder
 
 CACHED = (
     "--trainer zo --xgblora --xgblora_layers top:1 --xgblora_steps_per_iteration 4 --max_steps 11 --learning_rate 1e-2 "
@@ -40,18 +39,18 @@ def test_losses_above_what_is_given_are_those_of_whole_forwards(family, copies, 
     model, lora = upper(family)
     layers, first = lora.lowest
     examples = some_examples(8)
-    batch = scoring.pack(examples, plain)
-    hidden = bottom.reached(layers[first], lambda: scoring.loss(model, batch, True))
-    store = bottom.Store(model, layers, first, examples, plain)
-    stored = scoring.pack(store.examples, plain)
+    batch = packing.pack(examples, plain)
+    hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
+    store = activation_cache.ActivationCache(model, layers, first, examples, plain)
+    stored = packing.pack(store.examples, plain)
     with torch.inference_mode():
         lora.spread(perturbation(lora, copies) if copies else None)
-        expected = scoring.loss(model, batch, True, copies)
-        with bottom.given(layers, first, hidden):
-            assert torch.allclose(scoring.loss(model, batch, True, copies), expected, atol=2e-5)
-        with bottom.given(layers, first, store(stored)):
-            assert torch.allclose(scoring.loss(model, stored, True, copies), expected, atol=2e-5)
-        assert torch.equal(scoring.loss(model, batch, True, copies), expected)  # all layers are back
+        expected = logprobs.loss(model, batch, True, copies)
+        with activation_cache.skip_lower_layers(layers, first, hidden):
+            assert torch.allclose(logprobs.loss(model, batch, True, copies), expected, atol=2e-5)
+        with activation_cache.skip_lower_layers(layers, first, store(stored)):
+            assert torch.allclose(logprobs.loss(model, stored, True, copies), expected, atol=2e-5)
+        assert torch.equal(logprobs.loss(model, batch, True, copies), expected)  # all layers are back
     assert [type(layer) for layer in layers] == [type(layers[0])] * 2
 
 
@@ -59,11 +58,13 @@ def test_a_stored_row_is_the_same_in_any_pack(family):
     """Rows that share a tree in their batch, and batches in another order, take the states of their own rows."""
     model, lora = upper(family)
     layers, first = lora.lowest
-    store = bottom.Store(model, layers, first, some_examples(9), plain=False)
-    assert any(len(t.reads) > len(x.encodings) for t in scoring.trees(store.examples) for x in store.examples[:1])
+    store = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain=False)
+    assert any(len(t.reads) > len(x.encodings) for t in packing.build_trees(store.examples) for x in store.examples[:1])
     for some in (store.examples[::-1], store.examples[2:5], store.examples[:1]):
-        batch = scoring.pack(some)
-        expected = bottom.reached(layers[first], lambda batch=batch: scoring.loss(model, batch, True))
+        batch = packing.pack(some)
+        expected = activation_cache.capture_hidden_states(
+            layers[first], lambda batch=batch: logprobs.loss(model, batch, True)
+        )
         real = batch["end"] > 0
         assert torch.allclose(store(batch)[real], expected[real], atol=2e-5)
 
@@ -74,25 +75,25 @@ def test_the_lower_layers_run_once_for_all_points(family):
     calls = [0, 0]
     for i, layer in enumerate(layers):
         layer.register_forward_hook(lambda *a, i=i: calls.__setitem__(i, calls[i] + 1))
-    batch = scoring.pack(some_examples(4))
-    hidden = bottom.reached(layers[first], lambda: scoring.loss(model, batch, True))
+    batch = packing.pack(some_examples(4))
+    hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
     engine = ZerothOrder([{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, spread=lora.spread)
-    with bottom.given(layers, first, hidden):
-        engine.estimate(lambda **k: scoring.loss(model, batch, True, **k), copies=2)
+    with activation_cache.skip_lower_layers(layers, first, hidden):
+        engine.estimate(lambda **k: logprobs.loss(model, batch, True, **k), copies=2)
     assert calls == [1, 3]
 
 
 def test_an_error_inside_leaves_the_model_whole():
     layers, first = upper("llama")[1].lowest
     kept = list(layers)
-    with pytest.raises(ZeroDivisionError), bottom.given(layers, first, torch.zeros(1, 1, 32)):
+    with pytest.raises(ZeroDivisionError), activation_cache.skip_lower_layers(layers, first, torch.zeros(1, 1, 32)):
         raise ZeroDivisionError
     assert list(layers) == kept and not layers[first]._forward_pre_hooks
-    assert bottom.reached(layers[first], lambda: None) is None
+    assert activation_cache.capture_hidden_states(layers[first], lambda: None) is None
 
 
 def logs(path="out"):
-    state = max(checkpoint.completed(path), key=lambda p: int(p.name.rpartition("-")[2])) / "trainer_state.json"
+    state = max(checkpoints.list_checkpoints(path), key=lambda p: int(p.name.rpartition("-")[2])) / "trainer_state.json"
     return [e["loss"] for e in json.loads(state.read_text())["log_history"] if "loss" in e]
 
 
@@ -111,7 +112,7 @@ def test_a_cached_run_resumes_with_the_same_bits(go, dtype):  # noqa: F811
     flags = f"{CACHED} --zo_cache_activations {dtype}"
     go(flags)
     expected = adapter_bytes()
-    for path in checkpoint.completed("out"):
+    for path in checkpoints.list_checkpoints("out"):
         if path.name != "checkpoint-6":
             for file in path.iterdir():
                 file.unlink()
@@ -124,13 +125,13 @@ def test_the_size_is_told_and_too_much_is_refused(go, caplog, monkeypatch, capsy
     caplog.set_level("INFO")
     go(f"{CACHED} --zo_cache_activations")
     assert "16 rows" in caplog.text and "MB on the host" in caplog.text
-    monkeypatch.setattr(bottom.psutil, "virtual_memory", lambda: namedtuple("M", "available")(1000))
+    monkeypatch.setattr(activation_cache.psutil, "virtual_memory", lambda: namedtuple("M", "available")(1000))
     go(f"{CACHED} --zo_cache_activations --overwrite", status=2)
     assert "MB are free" in capsys.readouterr().err
 
 
 def test_a_store_that_does_not_fit_is_refused_before_it_is_filled(monkeypatch):
     model, lora = upper("opt")
-    monkeypatch.setattr(bottom.psutil, "virtual_memory", lambda: namedtuple("M", "available")(0))
+    monkeypatch.setattr(activation_cache.psutil, "virtual_memory", lambda: namedtuple("M", "available")(0))
     with pytest.raises(UsageError, match="--num_train"):
-        bottom.Store(model, *lora.lowest, some_examples(3), plain=False)
+        activation_cache.ActivationCache(model, *lora.lowest, some_examples(3), plain=False)

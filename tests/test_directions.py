@@ -8,8 +8,8 @@ import torch
 from conftest import gaussian
 from scipy.stats import kstest
 
-import directions
-from directions import rows, stochastic_round, stretch
+from zo import counter_rng
+from zo.counter_rng import direction_range, direction_rows, stochastic_round
 
 N = 1 << 20
 
@@ -45,7 +45,7 @@ def test_directions_over_steps_are_standard_normal_at_one_element():
 def test_any_block_of_a_direction_is_the_same_numbers(start, monkeypatch):
     whole = gaussian((3, 4), start, 5001)
     assert torch.equal(gaussian((3, 4), start + 17, 1000), whole[17:1017])
-    monkeypatch.setattr(directions, "BLOCK", 64)
+    monkeypatch.setattr(counter_rng, "BLOCK", 64)
     assert torch.equal(gaussian((3, 4), start, 5001), whole)
 
 
@@ -64,21 +64,21 @@ def test_no_table_entry_lies_near_a_rounding_boundary():
     assert distance > 1e-7  # an error of 1e-13 of a value moves it by less than 1e-6 · 1e-13 · 2^19
 
 
-@pytest.mark.parametrize("name", directions.DISTRIBUTIONS)
+@pytest.mark.parametrize("name", counter_rng.DISTRIBUTIONS)
 @pytest.mark.parametrize("start", [0, 5, (1 << 31) - 30, (1 << 35) - 30])
 def test_rows_are_those_of_the_whole_matrix(name, start):
-    whole = stretch(name, (3, 4), start, 7 * 9).view(7, 9)
+    whole = direction_range(name, (3, 4), start, 7 * 9).view(7, 9)
     index = torch.tensor([6, 0, 3, 3])
-    assert torch.equal(rows(name, (3, 4), start, 9, index), whole[index])
-    assert torch.equal(stretch(name, (3, 4), start + 11, 20), whole.flatten()[11:31])
+    assert torch.equal(direction_rows(name, (3, 4), start, 9, index), whole[index])
+    assert torch.equal(direction_range(name, (3, 4), start + 11, 20), whole.flatten()[11:31])
 
 
 def test_signs_are_fair_and_independent():
-    z = stretch("rademacher", (0, 0), 0, N)
+    z = direction_range("rademacher", (0, 0), 0, N)
     assert set(z.unique().tolist()) == {-1.0, 1.0} and abs(z.mean()) < 5 / math.sqrt(N)
     for lag in (1, 2, 8, 31, 32, 64, 768):
         assert abs((z * z.roll(lag)).mean()) < 5 / math.sqrt(N), lag
-    for other in (stretch("rademacher", (0, 1), 0, N), stretch("rademacher", (1, 0), 0, N)):
+    for other in (direction_range("rademacher", (0, 1), 0, N), direction_range("rademacher", (1, 0), 0, N)):
         assert abs((z * other).mean()) < 5 / math.sqrt(N)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import TRAIN, tiny_model, tiny_tokenizer
 
-import generation
-import results
 import run
-from scoring import Example, score
+from cli import results
+from scoring.logprobs import score
+from scoring.packing import Example
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_generated_answers_are_scored_by_f1_and_em(go, tmp_path, monkeypatch):
         asked.update(more, eos_token=eos_token, new=max_new_tokens)
         return [answers[tokenizer.decode(ids)] for ids in prompts]
 
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generate, "generate", generate)
     words = (*ANSWERS, "--eos_token", "\\n", "--sampling", "--temperature", "0.5", "--top_k", "7")
     result = go("--task_name own --predictions p.jsonl --seed 3 --max_new_tokens 5", *words, data=data)
     assert result["em"] == pytest.approx(1 / 3) and result["f1"] == pytest.approx((1 + 2 / 3) / 3)

@@ -22,15 +22,14 @@ from test_scoring import assert_close, plain_scores
 from test_zo import loss_at, perturbed
 from transformers import AutoModelForCausalLM
 
-import bottom
-import directions
-import generation
-import models
-import scoring
+from cli import load_model
 from lora import LoRA
+from scoring import generate, logprobs, packing
 from trainer import OurTrainer
+from training import activation_cache
 from utils import UsageError
-from zo import ZerothOrder
+from zo import counter_rng
+from zo.optimizer import ZerothOrder
 
 Q_V, FUSED = "q_proj, v_proj", "query_key_value"
 # family -> (targets of LoRA, whether rows are packed, whether a full step is one forward for both signs)
@@ -79,7 +78,7 @@ def packs(family) -> bool:
 
 
 def closure_of(model, family, n=9):
-    return partial(scoring.loss, model, scoring.pack(some_examples(n), plain=not packs(family)), True)
+    return partial(logprobs.loss, model, packing.pack(some_examples(n), plain=not packs(family)), True)
 
 
 def losses(engine, closure, copies):
@@ -168,7 +167,7 @@ def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
 
 def test_no_matrix_is_perturbed_whole(family, monkeypatch, caplog):
     """Only stacked experts are, and the log says how much that is."""
-    monkeypatch.setattr(directions, "BLOCK", 300)  # norms, biases and what is made of them have fewer elements
+    monkeypatch.setattr(counter_rng, "BLOCK", 300)  # norms, biases and what is made of them have fewer elements
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, master=False)
     losses(engine, closure_of(model, family, 3), 1)
@@ -179,29 +178,29 @@ def test_no_matrix_is_perturbed_whole(family, monkeypatch, caplog):
 
 def test_scores_are_those_of_one_row_a_candidate(family):
     model = tiny_model(family)
-    assert scoring.takes_packed(model) == packs(family)
+    assert logprobs.supports_packed_rows(model) == packs(family)
     for beginning in (0, 40):
         examples = some_examples(beginning=beginning)
-        scores = scoring.score(model, examples, plain=not packs(family))
+        scores = logprobs.score(model, examples, plain=not packs(family))
         assert_close(scores, plain_scores(model, examples))
 
 
 @pytest.mark.parametrize("family", [name for name in ALL_FAMILIES if FACTS[name][1]])
 def test_packed_rows_are_found_in_half_precision_too(family):
-    assert scoring.takes_packed(tiny_model(family, dtype=torch.bfloat16))
+    assert logprobs.supports_packed_rows(tiny_model(family, dtype=torch.bfloat16))
 
 
 def test_windows_decide_where_rows_may_be_longer():
-    assert not scoring.takes_packed(tiny_model("gemma2"), longest=8192)
-    assert not scoring.takes_packed(tiny_model("gemma2", sliding_window=1024))
-    assert scoring.takes_packed(tiny_model("gemma3", sliding_window=4096))
+    assert not logprobs.supports_packed_rows(tiny_model("gemma2"), longest=8192)
+    assert not logprobs.supports_packed_rows(tiny_model("gemma2", sliding_window=1024))
+    assert logprobs.supports_packed_rows(tiny_model("gemma3", sliding_window=4096))
 
 
 def test_models_with_images_are_refused(tmp_path):
     config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="not a causal language model"):
-        models.read_config(str(tmp_path))
+        load_model.read_model_config(str(tmp_path))
 
 
 def test_rows_are_no_longer_than_the_model_takes(caplog):
@@ -210,11 +209,11 @@ def test_rows_are_no_longer_than_the_model_takes(caplog):
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits[:, :24], model(ids[:, :24]).logits, atol=1e-3)  # the library's way
-    assert models.longest(model.config, 40) == 24 and "cut to 24" in caplog.text
+    assert load_model.longest_row(model.config, 40) == 24 and "cut to 24" in caplog.text
     caplog.clear()
-    limits = {family: models.longest(tiny_model(family).config, 2048) for family in ALL_FAMILIES}
+    limits = {family: load_model.longest_row(tiny_model(family).config, 2048) for family in ALL_FAMILIES}
     assert limits.pop("bloom") == 2048 and set(limits.values()) == {128} and not caplog.records
-    assert models.longest(None, 2048) == 2048
+    assert load_model.longest_row(None, 2048) == 2048
 
 
 def test_answers_are_those_of_one_prompt_at_a_time(family):
@@ -222,7 +221,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(family):
     for beginning in (0, 40):
         prompts = some_prompts(beginning)
         expected = plain_answers(model, prompts, 6)
-        answers = generation.generate(
+        answers = generate.generate(
             model, tiny_tokenizer(), prompts, max_new_tokens=6, do_sample=False, cached=packs(family)
         )
         assert any(expected) and answers == expected
@@ -235,19 +234,19 @@ def test_layers_below_the_adapted_one_run_once(family):
     layers, first = lora.lowest
     assert first == len(layers) - 1 == model.config.num_hidden_layers - 1
     plain, calls = not packs(family), []
-    store = bottom.Store(model, layers, first, some_examples(6), plain)
+    store = activation_cache.ActivationCache(model, layers, first, some_examples(6), plain)
     generator = torch.Generator().manual_seed(5)
     deltas = [torch.randn(2, *p.shape, generator=generator) * 0.05 for p in lora.parameters()]
     for examples in (store.examples, store.examples[:1]):  # some rows, and the fewest
-        batch = scoring.pack(examples, plain)
-        hidden = bottom.reached(layers[first], partial(scoring.loss, model, batch, True))
+        batch = packing.pack(examples, plain)
+        hidden = activation_cache.capture_hidden_states(layers[first], partial(logprobs.loss, model, batch, True))
         with torch.inference_mode():
             lora.spread(deltas)
-            expected = scoring.loss(model, batch, True, 2)
+            expected = logprobs.loss(model, batch, True, 2)
             hook = layers[0].register_forward_hook(lambda *args: calls.append(1))
             for states in (hidden, store(batch)):
-                with bottom.given(layers, first, states):
-                    assert torch.allclose(scoring.loss(model, batch, True, 2), expected, atol=2e-5)
+                with activation_cache.skip_lower_layers(layers, first, states):
+                    assert torch.allclose(logprobs.loss(model, batch, True, 2), expected, atol=2e-5)
             hook.remove()
             lora.spread(None)
     assert not calls

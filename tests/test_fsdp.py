@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 from test_parallel import ONE, OWN, alone, close, finish, flags, free_port, launch, losses, place  # noqa: F401
 
-import checkpoint
+from distributed import stop_signals
+from training import checkpoints
 
 # With a small epsilon Adam takes a whole step along what is only rounding.
 REGULAR = "--trainer regular --save_model --logging_steps 1 --num_train 13 --per_device_train_batch_size 4"
@@ -53,7 +54,7 @@ def weights(name: str) -> dict:
 
 
 def best_step(name: str) -> int:
-    last = checkpoint.completed(name)[-1]
+    last = checkpoints.list_checkpoints(name)[-1]
     return json.loads((last / "trainer_state.json").read_text())["best_global_step"]
 
 
@@ -69,7 +70,7 @@ def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):  # noqa
     assert ours.keys() == theirs.keys()
     assert all((ours[key] - theirs[key]).abs().max() < digits for key in ours)
     if name == "best":
-        assert checkpoint.completed(name)[-1].name == "checkpoint-4" and best_step(name) == 2
+        assert checkpoints.list_checkpoints(name)[-1].name == "checkpoint-4" and best_step(name) == 2
     said = [list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1")]
     assert [x["prediction"] for x in said[0]] == [x["prediction"] for x in said[1]] or name == "half"
 
@@ -84,12 +85,12 @@ def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, 
     said = finish(launch(f"{name}.json", plan, "--nproc_per_node", "2", "--master_port", free_port()))
     lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
     assert any(words in line for line in lines) and "Traceback" not in said.split("torch/distributed/elastic")[0], said
-    assert [path.name for path in checkpoint.completed(name)] == [f"checkpoint-{n}" for n in saved]
+    assert [path.name for path in checkpoints.list_checkpoints(name)] == [f"checkpoint-{n}" for n in saved]
 
 
 def test_one_process_and_two_ranks_go_on_from_each_other(place, two):  # noqa: F811
     statuses = [status for name in ("grown", "shrunk", "evaluating") for status, _ in two[name]]
-    assert statuses == [0, 0, *[checkpoint.REQUEUE] * 4]
+    assert statuses == [0, 0, *[stop_signals.EXIT_REQUEUE] * 4]
     assert "going on from grown/checkpoint-2" in two["grown"][0][1]
     for name in ("shrunk", "evaluating"):
         alone(place, name, f"{SAME['full']} {ONE}")

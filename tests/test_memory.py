@@ -10,19 +10,19 @@ from conftest import some_examples, tiny_model
 from test_run import write_gguf
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
-import memory
 import run
-import scoring
-import shapes
+from cli import memory_estimate, shapes
+from lora import LoRA
+from scoring import logprobs, packing
 
 
 def parsed(flags: str = ""):
     return run.parse(f"--model_name none --task_name SST2 {flags}".split())
 
 
-def estimated(flags="", config=None, learned=(), evaluated=(), copies=1) -> memory.Estimate:
+def estimated(flags="", config=None, learned=(), evaluated=(), copies=1) -> memory_estimate.Estimate:
     shape = shapes.shape(config or tiny_model("llama").config)
-    return memory.estimate(parsed(flags), shape, list(learned), list(evaluated), lambda tokens: copies, file=4)
+    return memory_estimate.estimate(parsed(flags), shape, list(learned), list(evaluated), lambda tokens: copies, file=4)
 
 
 def test_parameters_are_counted_exactly(family):
@@ -71,7 +71,6 @@ def test_weights_and_optimizer_are_what_torch_holds():
 
 
 def test_an_adapter_counts_what_it_holds():
-    from lora import LoRA
 
     model = tiny_model("llama")
     lora = LoRA(model, 1, 16, xgblora=True)
@@ -85,7 +84,7 @@ def test_an_adapter_counts_what_it_holds():
 def test_more_tokens_take_more_memory(trainer):
     def activations(batch, times=1, more=""):
         examples = [
-            scoring.Example([ids[:-n] * times + ids[-n:] for ids, n in zip(x.encodings, x.option_lens, strict=True)],
+            packing.Example([ids[:-n] * times + ids[-n:] for ids, n in zip(x.encodings, x.option_lens, strict=True)],
                             x.option_lens)
             for x in some_examples(32)
         ]  # fmt: skip
@@ -110,16 +109,16 @@ def test_copies_and_the_store_of_activations_count():
 
 def test_evaluation_is_packed_as_it_will_be(monkeypatch):
     model, examples, seen = tiny_model("llama"), some_examples(60, beginning=30), []
-    plain = scoring.option_sums
+    plain = logprobs.option_logprobs
 
     def spied(model, batch, *args):
         seen.append(batch["input_ids"].numel())
         return plain(model, batch, *args)
 
-    monkeypatch.setattr(scoring, "option_sums", spied)
-    monkeypatch.setattr(scoring, "parts", lambda encodings: [])
-    monkeypatch.setattr(scoring, "TOKENS", 200)
-    scoring.score(model, examples, 200)
+    monkeypatch.setattr(packing, "option_sums", spied)
+    monkeypatch.setattr(packing, "parts", lambda encodings: [])
+    monkeypatch.setattr(packing, "TOKENS", 200)
+    logprobs.score(model, examples, 200)
     assert abs(max(p.rows * p.length for p in shapes.evaluation_packs(examples)) / max(seen) - 1) < 0.2
 
 
@@ -135,16 +134,16 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
     ],
 )  # fmt: skip
 def test_too_little_memory_names_what_to_lower(flags, largest, words):
-    parts = dict.fromkeys(memory.FLAGS, 1e6) | {largest: 5e6}
+    parts = dict.fromkeys(memory_estimate.FLAGS, 1e6) | {largest: 5e6}
     args = parsed(flags)
-    said = memory.Estimate(**parts, process=1e6, free=8e6).warning(args)
+    said = memory_estimate.Estimate(**parts, process=1e6, free=8e6).warning(args)
     assert said.startswith("this run needs about 9 MB, but 8 MB are free") and f"({largest}, 5 MB)" in said
     assert all(word in said for word in words), said
-    assert memory.Estimate(**parts, process=1e6, free=10e6).warning(args) is None
+    assert memory_estimate.Estimate(**parts, process=1e6, free=10e6).warning(args) is None
 
 
 def test_flags_that_have_been_taken_are_not_named():
-    said = memory.Estimate(0, 5e6, 0, 0, 0, free=1e6).warning(
+    said = memory_estimate.Estimate(0, 5e6, 0, 0, 0, free=1e6).warning(
         parsed("--trainer regular --lora --load_bfloat16 --gradient_checkpointing --per_device_train_batch_size 1")
     )
     assert said.endswith("gets less with --max_length")
@@ -170,7 +169,7 @@ def test_no_estimate_is_no_harm(model_dir, data_dir, tmp_path, monkeypatch, capl
     def broken(*args):
         raise KeyError("an odd model")
 
-    monkeypatch.setattr(memory, "shape", broken)
+    monkeypatch.setattr(memory_estimate, "shape", broken)
     flags = f"--model_name {model_dir} --data_dir {data_dir} --num_eval 2 --result_file r.json --disable_tqdm True"
     with caplog.at_level(logging.DEBUG, logger="run"):
         assert run.main(flags.split()) == 0
@@ -183,14 +182,14 @@ def test_odd_files_give_no_estimate(tmp_path):
     for content in (b"", b"GGUF" + bytes(60), b"x" * 1000):
         path.write_bytes(content)
         args = run.parse(f"--model_name {path} --task_name SST2".split())
-        assert memory.foresee(args, None, [], [], lambda tokens: 1) is None
+        assert memory_estimate.estimate_memory(args, None, [], [], lambda tokens: 1) is None
 
 
 def test_generated_answers_count_their_cache():
     shape, examples = shapes.shape(tiny_model("llama").config), some_examples(20)
     p = shapes.answers_pack(shape, examples, 90, 4)
     assert p.length == max(len(x.encodings[0]) for x in examples) + 90 and p.rows == len(examples)
-    few, many = (memory.activations(parsed(), shape, [], examples, None, new) for new in (1, 90))
+    few, many = (memory_estimate.activations(parsed(), shape, [], examples, None, new) for new in (1, 90))
     assert few < many
 
 
@@ -200,5 +199,5 @@ def test_eager_attention_holds_its_scores():
     eager, fused = shapes.shape(config), shapes.shape(tiny_model("llama").config)
     assert eager.heads == 4 and fused.heads == 0
     p = shapes.Pack(2, 100, 4)
-    assert memory.inference(eager, p, 4) > memory.inference(fused, p, 4)
-    assert memory.kept(eager, p, 4, False, False) > memory.kept(fused, p, 4, False, False)
+    assert memory_estimate.inference(eager, p, 4) > memory_estimate.inference(fused, p, 4)
+    assert memory_estimate.kept(eager, p, 4, False, False) > memory_estimate.kept(fused, p, 4, False, False)

@@ -9,11 +9,12 @@ import torch
 from conftest import gaussian, tiny_model
 from test_run import go  # noqa: F401 - a fixture
 
-import directions
 import run
 from lora import LoRA
-from methods import AR1ZO, FZOO, LOZO
-from zo import Method, ZerothOrder
+from zo import counter_rng
+from zo.method import Method
+from zo.methods import AR1ZO, FZOO, LOZO
+from zo.optimizer import ZerothOrder
 
 ROOT = Path(run.__file__).parent
 LORA = "--trainer zo --lora --lora_r 4 --learning_rate 1e-3 --max_steps 7 --save_steps 3 --save_model --output_dir out"
@@ -33,7 +34,7 @@ def test_fzoo_is_its_formula():
     theta = torch.cat([p.flatten() for p in lora.parameters()])
     sizes = [p.numel() for p in lora.parameters()]
     for step in range(3):
-        zs = [directions.stretch("rademacher", (4, step, q), 0, len(theta)) for q in range(n)]
+        zs = [counter_rng.direction_range("rademacher", (4, step, q), 0, len(theta)) for q in range(n)]
         losses = []
         for z in [torch.zeros_like(theta), *zs]:
             for p, values in zip(lora.parameters(), (theta + eps * z).split(sizes), strict=True):

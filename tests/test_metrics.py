@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-import metrics
-from metrics import accuracy, best_threshold_accuracy, exact_match, f1, macro_f1
+from scoring import metrics
+from scoring.metrics import accuracy, best_threshold_accuracy, exact_match, f1, macro_f1
 
 
 def test_accuracy_takes_one_right_answer_or_several():

@@ -11,29 +11,27 @@ from conftest import some_examples, tiny_model, tiny_tokenizer
 from test_run import go  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import metrics
-import models
-import probe
-import scoring
+from cli import load_model
 from lora import LoRA
+from scoring import linear_probe, logprobs, metrics, packing
 from utils import UsageError
-from zo import ZerothOrder
+from zo.optimizer import ZerothOrder
 
 # ---- the head ----
 
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_head_tuning_trains_the_head_alone(family, untied):
-    model, batch = tiny_model(family, tie_word_embeddings=True), scoring.pack(some_examples())
+    model, batch = tiny_model(family, tie_word_embeddings=True), packing.pack(some_examples())
     embedding = model.get_input_embeddings().weight
     if untied:
-        models.untie(model)
-    models.only_head(model)
+        load_model.untie_head(model)
+    load_model.train_head_only(model)
     head = model.get_output_embeddings().weight
     assert (head is embedding) != untied
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     zo = ZerothOrder(model, 1e-3, 1e-3, 0)
-    zo.step(lambda: scoring.loss(model, batch, True))
+    zo.step(lambda: logprobs.loss(model, batch, True))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 1 and torch.equal(head, dict(model.named_parameters())[changed.pop()])
     z = zo.direction(zo.slots[0], 0, range(0, 1))
@@ -41,8 +39,8 @@ def test_head_tuning_trains_the_head_alone(family, untied):
 
 
 def test_a_streamed_step_of_the_head_equals_the_plain_one():
-    model, batch = tiny_model("llama"), scoring.pack(some_examples())
-    models.only_head(model)
+    model, batch = tiny_model("llama"), packing.pack(some_examples())
+    load_model.train_head_only(model)
     head = model.get_output_embeddings().weight
     zo = ZerothOrder(model, 1e-3, 1e-2, 0, master=False)
     z = zo.direction(zo.slots[0], 0, range(len(head))).clone()
@@ -50,9 +48,9 @@ def test_a_streamed_step_of_the_head_equals_the_plain_one():
     with torch.inference_mode():
         for sign in (1, -1):
             head.copy_(start + sign * 1e-2 * z)
-            losses.append(float(scoring.loss(model, batch, True)))
+            losses.append(float(logprobs.loss(model, batch, True)))
         head.copy_(start)
-    zo.step(lambda: scoring.loss(model, batch, True))
+    zo.step(lambda: logprobs.loss(model, batch, True))
     assert zo.projected_grads[0] == pytest.approx((losses[0] - losses[1]) / 2e-2, rel=1e-3, abs=1e-4)
     torch.testing.assert_close(head.detach(), start - 1e-3 * zo.projected_grads[0] * z)
 
@@ -78,7 +76,7 @@ def test_an_untied_head_is_saved_and_loads(go, trainer, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_probe_sees_the_last_hidden_state_of_the_prompt(family, plain):
     model, examples = tiny_model(family), some_examples(beginning=20)
-    found, kept = probe.states(model, examples, plain), []
+    found, kept = linear_probe.prompt_states(model, examples, plain), []
     model.get_output_embeddings().register_forward_pre_hook(lambda head, args: kept.append(args[0]))
     for x, state in zip(examples, found, strict=True):
         prompt = x.encodings[0][: -x.option_lens[0]]
@@ -92,12 +90,12 @@ def test_a_probe_separates_what_can_be_separated():
     states = rng.normal(size=(200, 12)).astype(np.float32) * np.array([100, *[1] * 11], dtype=np.float32)
     labels = (states[:, 3] + 0.1 * rng.normal(size=200) > 0).astype(int).tolist()
     for early in (False, True):
-        made = probe.Probe(states[:150], labels[:150], early)
+        made = linear_probe.LinearProbe(states[:150], labels[:150], early)
         scores = np.array(made.scores(states[150:], 3))
         assert (scores[:, :2].argmax(1) == labels[150:]).mean() > 0.9 and (scores[:, 2] < -1e8).all()
         np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-6)
     with pytest.raises(UsageError, match="two labels"):
-        probe.Probe(states[:9], [1] * 9)
+        linear_probe.LinearProbe(states[:9], [1] * 9)
 
 
 def test_linear_probing_from_the_command_line(go):  # noqa: F811
@@ -112,11 +110,11 @@ def test_linear_probing_from_the_command_line(go):  # noqa: F811
 
 
 def test_objectives():
-    assert metrics.objective("accuracy")(["a", "b"], ["a", "c"]) == 0.5
-    assert metrics.objective("f1")(["a red car", "x"], [["red car"], ["y"]]) == 0.5
-    assert metrics.objective("em")(["The car", "x"], [["car"], ["y"]]) == 0.5
+    assert metrics.find_metric("accuracy")(["a", "b"], ["a", "c"]) == 0.5
+    assert metrics.find_metric("f1")(["a red car", "x"], [["red car"], ["y"]]) == 0.5
+    assert metrics.find_metric("em")(["The car", "x"], [["car"], ["y"]]) == 0.5
     with pytest.raises(UsageError, match="accuracy, f1, em"):
-        metrics.objective("bleu")
+        metrics.find_metric("bleu")
 
 
 def test_steps_raise_the_accuracy_or_a_function_of_ones_own(go, tmp_path):  # noqa: F811
@@ -191,22 +189,22 @@ def dequantised(model):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_losses_and_gradients_on_a_quantised_base(big_enough, bits):
     """Against the model with the weights that the quantised ones stand for."""
-    quantised = models.read_model(str(big_enough), torch.float32, bits=bits)
+    quantised = load_model.read_model(str(big_enough), torch.float32, bits=bits)
     if bits == 4:
-        models.differentiable(quantised)
-    plain = models.read_model(str(big_enough), torch.float32)
+        load_model.use_differentiable_kernels(quantised)
+    plain = load_model.read_model(str(big_enough), torch.float32)
     weights = dequantised(quantised)
     assert len(weights) == 14
     with torch.no_grad():
         for name, weight in weights.items():
             plain.get_submodule(name).weight.copy_(weight)
-    loras, batch, losses = [], scoring.pack(some_examples()), []
+    loras, batch, losses = [], packing.pack(some_examples()), []
     for model in (quantised, plain):
         model.train()
         loras.append(LoRA(model, 2, 16))
         for m in loras[-1].lora_modules:
             m.lora_B.data.fill_(0.01)
-        loss = scoring.loss(model, batch, True)
+        loss = logprobs.loss(model, batch, True)
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -233,7 +231,7 @@ def test_adapters_train_on_a_quantised_base(go, big_enough, flags):  # noqa: F81
 @needs_bitsandbytes
 def test_a_merge_into_quantised_weights_is_refused_with_the_way_out(big_enough):
     with pytest.raises(UsageError, match="xgblora_ensemble"):
-        LoRA(models.read_model(str(big_enough), torch.float32, bits=8), 1, 16, xgblora=True)
+        LoRA(load_model.read_model(str(big_enough), torch.float32, bits=8), 1, 16, xgblora=True)
 
 
 # ---- back-propagation ----

@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import noise  # noqa: E402
+from scoring import logprobs, packing
+from zo import counter_rng, optimizer, rng_kernels
 
 NO_TRITON = "no Triton here: it comes with torch's CUDA builds"
 
@@ -31,27 +32,28 @@ def test_kernels_give_the_bits_of_the_passes():
 
 
 def test_a_gpu_without_kernels_is_told_of(caplog):
-    noise.fuses.cache_clear()
-    assert not noise.fuses(torch.device("cuda:99")) and not noise.fuses(torch.device("cuda:99"))
-    assert not noise.fuses(torch.device("cpu"))
+    rng_kernels.kernels_available.cache_clear()
+    assert not rng_kernels.kernels_available(torch.device("cuda:99")) and not rng_kernels.kernels_available(
+        torch.device("cuda:99")
+    )
+    assert not rng_kernels.kernels_available(torch.device("cpu"))
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no kernels on cuda:99 (")
 
 
 def check() -> None:
-    import directions
 
-    if noise.triton is None:
+    if rng_kernels.triton is None:
         return print(NO_TRITON)
     interpreted = "TRITON_INTERPRET" in os.environ
     device = "cpu" if interpreted else "cuda"
     if interpreted:
-        noise.fuses = lambda device: True
+        rng_kernels.kernels_available = lambda device: True
     torch.manual_seed(0)
     starts = (0, 1, 33, (1 << 31) - 700, (1 << 33) + 5, (1 << 35) - 700)  # within words, over the ends of keys
-    for name in directions.DISTRIBUTIONS:
-        source = noise.Noise(5, name)
+    for name in counter_rng.DISTRIBUTIONS:
+        source = rng_kernels.DirectionSource(5, name)
         for start, n in ((start, n) for start in starts for n in (1, 1100)):
-            z = directions.stretch(name, (5, 3, 0), start, n)
+            z = counter_rng.direction_range(name, (5, 3, 0), start, n)
             assert torch.equal(source.rows((3, 0), start, 1, range(n), device).view(-1).cpu(), z), (name, start, n)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 values, scales = torch.randn(n).to(dtype), [1e-3, -1e-3, 2.0]
@@ -67,7 +69,7 @@ def check() -> None:
                 source.update((3, 0), start, given, 0.123, 0.99, (3, "rounding"))
                 wanted = values.float().mul_(0.99).sub_(z * 0.123)
                 if dtype == torch.bfloat16:
-                    wanted = directions.stochastic_round(wanted, dtype, (5, 3, "rounding"), start)
+                    wanted = counter_rng.stochastic_round(wanted, dtype, (5, 3, "rounding"), start)
                 assert torch.equal(given.cpu(), wanted), (name, start, n, dtype)
     check_engine(device)
     print("the same bits")
@@ -77,18 +79,15 @@ def check_engine(device: str) -> None:
     """Losses and updates of a whole step, in fp32, with and without kernels; several queries and weight decay too."""
     from conftest import some_examples, tiny_model
 
-    import scoring
-    import zo
-
     for family, queries in (("llama", 1), ("gpt2", 2)):
         found = []
         for kernels in (True, False):
-            zo.fuses = noise.fuses if kernels else lambda device: False
+            optimizer.kernels_available = rng_kernels.kernels_available if kernels else lambda device: False
             model = tiny_model(family).to(device)
-            batch = {name: t.to(device) for name, t in scoring.pack(some_examples()).items()}
+            batch = {name: t.to(device) for name, t in packing.pack(some_examples()).items()}
             groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-            engine = zo.ZerothOrder(groups, 1e-3, 1e-2, queries=queries, master=False)
-            losses = [engine.step(partial(scoring.loss, model, batch, True)) for _ in range(2)]
+            engine = optimizer.ZerothOrder(groups, 1e-3, 1e-2, queries=queries, master=False)
+            losses = [engine.step(partial(logprobs.loss, model, batch, True)) for _ in range(2)]
             found.append((losses, [p.detach().cpu() for p in model.parameters()]))
         (losses, ours), (expected, theirs) = found
         assert losses == expected and all(map(torch.equal, ours, theirs)), family

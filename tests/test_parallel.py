@@ -14,13 +14,12 @@ from conftest import some_examples
 from safetensors.torch import load_file
 from test_run import adapter_bytes
 
-import checkpoint
-import parallel
 import run
-import scoring
-import shares
-from trajectory import Trajectory
+from distributed import collectives, data_parallel, stop_signals
+from scoring import packing
+from training import checkpoints
 from utils import UsageError
+from zo.trajectory import Trajectory
 
 ROOT = Path(run.__file__).parent
 ZO = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
@@ -148,7 +147,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def losses(name: str) -> list[dict]:
-    last = checkpoint.completed(name)[-1]
+    last = checkpoints.list_checkpoints(name)[-1]
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry or "eval_loss" in entry or "step_length" in entry]
 
@@ -210,7 +209,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(place, two):
     assert "going on from grown/checkpoint-9" in two["grown"][0][1]
     shutil.copytree("calm", "shrunk")
     alone(place, "shrunk", f"{BOOST} --save_steps 2 {ONE}")
-    assert "checkpoint-20" in [path.name for path in checkpoint.completed("shrunk")]
+    assert "checkpoint-20" in [path.name for path in checkpoints.list_checkpoints("shrunk")]
     assert same(weights("grown"), weights("boost")) and same(weights("shrunk"), weights("boost"))
 
 
@@ -222,7 +221,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(two):
 
 @pytest.mark.parametrize("name", ["signal", "evaluating"])
 def test_a_signal_to_one_rank_ends_all_and_a_rerun_goes_on(place, two, name):
-    assert [status for status, _ in two[name]] == [checkpoint.REQUEUE] * 2
+    assert [status for status, _ in two[name]] == [stop_signals.EXIT_REQUEUE] * 2
     assert "SIGTERM" in two[name][0][1]
     alone(place, name, f"{STOPS} {ONE}")
     assert same(weights(name), weights("stopped"))
@@ -234,7 +233,7 @@ def test_a_signal_to_one_rank_ends_all_and_a_rerun_goes_on(place, two, name):
 def test_a_rank_with_other_weights_is_named_and_nothing_is_saved(two):
     assert [status for status, _ in two["drifted"]] == [1, 1]
     assert "rank 1 of 2 has other weights" in two["drifted"][0][1]
-    assert [path.name for path in checkpoint.completed("drifted")] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.list_checkpoints("drifted")] == ["checkpoint-2"]
 
 
 def test_a_refusal_of_rank_0_is_one_of_all(two):
@@ -271,13 +270,13 @@ def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(launched, two):
 
 def test_shares_hold_about_as_many_tokens():
     sizes = [30, 3, 4, 29, 16, 15, 1]
-    assert shares.balanced(sizes, 2) == [[0, 2, 5], [1, 3, 4, 6]]
+    assert data_parallel.balance(sizes, 2) == [[0, 2, 5], [1, 3, 4, 6]]
     for ranks in (1, 2, 3, 8):
-        parts = shares.balanced(sizes, ranks)
+        parts = data_parallel.balance(sizes, ranks)
         assert sorted(i for part in parts for i in part) == list(range(7))
-        pieces = shares.cuts(sizes, ranks)
+        pieces = data_parallel.contiguous_split(sizes, ranks)
         assert [i for piece in pieces for i in piece] == list(range(7)) and len(pieces) == ranks
-    assert shares.cuts([], 2) == [range(0), range(0)]
+    assert data_parallel.contiguous_split([], 2) == [range(0), range(0)]
 
 
 def test_the_shares_of_a_batch_make_up_its_loss(monkeypatch):
@@ -286,33 +285,36 @@ def test_the_shares_of_a_batch_make_up_its_loss(monkeypatch):
     for classification in (True, False):
         found = []
         for rank in range(12):  # more ranks than rows
-            monkeypatch.setattr(parallel, "size", lambda: 12)
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            weigh = lambda rows, c=classification: shares.weight(rows, c)  # noqa: E731
-            found.append(shares.Share(scoring.pack, weigh)(examples))
+            monkeypatch.setattr(collectives, "size", lambda: 12)
+            monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+            weigh = lambda rows, c=classification: packing.loss_terms(rows, c)  # noqa: E731
+            found.append(data_parallel.ShardingCollator(packing.pack, weigh)(examples))
         assert sum(one["part"] for one in found) == pytest.approx(1, abs=1e-15)
         assert ["input_ids" in one for one in found].count(False) == 2
         counted = "label" if classification else "token_option"
-        assert sum(len(one[counted]) for one in found if counted in one) == shares.weight(examples, classification)
+        assert sum(len(one[counted]) for one in found if counted in one) == packing.loss_terms(examples, classification)
 
 
 def test_a_fingerprint_sees_one_bit_of_any_dtype():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64):
         a, b = torch.ones(7, 3).to(dtype), torch.ones(7, 3).to(dtype)
-        assert parallel.fingerprint([a, b]) == parallel.fingerprint([b, a])
+        assert collectives.tensor_fingerprint([a, b]) == collectives.tensor_fingerprint([b, a])
         b.view(-1).view(torch.uint8)[5] ^= 1
-        assert parallel.fingerprint([a]) != parallel.fingerprint([b])
-    assert parallel.fingerprint([torch.ones(2, 2)[:, 0], torch.empty(3, device="meta")])
+        assert collectives.tensor_fingerprint([a]) != collectives.tensor_fingerprint([b])
+    assert collectives.tensor_fingerprint([torch.ones(2, 2)[:, 0], torch.empty(3, device="meta")])
 
 
 def test_ranks_that_have_to_be_apart_want_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match="3 ranks on a machine with 2 GPU"), parallel.hidden(apart=True):
+    with (
+        pytest.raises(UsageError, match="3 ranks on a machine with 2 GPU"),
+        collectives.hide_world_from_trainer(apart=True),
+    ):
         pass
-    with parallel.hidden():
+    with collectives.hide_world_from_trainer():
         pass
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # of this rank alone
-    with parallel.hidden(apart=True):
+    with collectives.hide_world_from_trainer(apart=True):
         pass

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from test_refusals import refused  # noqa: F401 - a fixture
 from test_run import BOOST, ZO, adapter_bytes, go  # noqa: F401 - a fixture
 
-import placement
-import scoring
-from generation import generate
+import utils
 from lora import LoRA
 from prefix import PrefixTuning
+from scoring import logprobs, packing
+from scoring.generate import generate
 from utils import UsageError
-from zo import ZerothOrder
+from zo.optimizer import ZerothOrder
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 PLACES = {  # of these parts
@@ -104,14 +104,14 @@ def test_every_family_scores_generates_and_steps_offloaded(family):
     examples, tokenizer = some_examples(beginning=20), tiny_tokenizer()
     prompts, found = [x.encodings[0] for x in examples], []
     for model in (tiny_model(family), offloaded(family)):
-        plain = not scoring.takes_packed(model)
+        plain = not logprobs.supports_packed_rows(model)
         names = [name for name, _ in model.named_parameters()]
         lora = LoRA(model, 2, 4)
         answers = generate(model, tokenizer, prompts, max_new_tokens=4)
-        batch = scoring.pack(examples, plain)
+        batch = packing.pack(examples, plain)
         zo = ZerothOrder(lora.parameters(), lr=1e-2, eps=1e-2, master=True)
-        losses = [zo.step(lambda model=model, batch=batch: scoring.loss(model, batch, True)) for _ in range(3)]
-        found.append((plain, answers, losses, scoring.score(model, examples, plain=plain)))
+        losses = [zo.step(lambda model=model, batch=batch: logprobs.loss(model, batch, True)) for _ in range(3)]
+        found.append((plain, answers, losses, logprobs.score(model, examples, plain=plain)))
         lora.remove()
         assert [name for name, _ in model.named_parameters()] == names
     assert found[0] == found[1]
@@ -153,8 +153,8 @@ def test_hooks_around_weights_that_are_there_change_nothing(family):
         lora.lora_modules[0].lora_B.data.fill_(0.1)
         lora.merge_and_reinit()
         lora.lora_modules[0].lora_B.data.fill_(0.1)
-        plain = not scoring.takes_packed(model)
-        found.append((lora.plain_state_dict(), scoring.score(model, some_examples(), plain=plain)))
+        plain = not logprobs.supports_packed_rows(model)
+        found.append((lora.plain_state_dict(), logprobs.score(model, some_examples(), plain=plain)))
     assert found[0][1] == found[1][1] and found[0][0].keys() == found[1][0].keys()
     assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
 
@@ -165,9 +165,9 @@ def test_offloaded_weights_take_no_merge(family):
 
 
 def test_where_ids_go():
-    assert placement.input_device(tiny_model("opt")) == placement.input_device(offloaded("opt")) == torch.device("cpu")
+    assert utils.input_device(tiny_model("opt")) == utils.input_device(offloaded("opt")) == torch.device("cpu")
     model = cpu_offload(tiny_model("opt"), execution_device=torch.device("meta"))
-    assert placement.input_device(model) == torch.device("meta")
+    assert utils.input_device(model) == torch.device("meta")
 
 
 REFUSED = {

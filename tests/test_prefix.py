@@ -10,14 +10,13 @@ from test_generation import some_prompts
 from test_run import go  # noqa: F401
 from transformers import DynamicCache
 
-import generation
 import prefix
-import scoring
 import trainer
 from prefix import PrefixTuning
-from scoring import Example
+from scoring import generate, logprobs, packing
+from scoring.packing import Example
 from utils import UsageError
-from zo import ZerothOrder
+from zo.optimizer import ZerothOrder
 
 
 def with_prefix(family, reparam=False, real=True, length=5):
@@ -62,11 +61,11 @@ def test_scores_equal_the_plain_computation(family, reparam, beginning):
     model, made = with_prefix(family, reparam)
     examples = some_examples(beginning=beginning)
     expected = plain_scores(model, examples, made.states(torch.float32))
-    without = scoring.score(tiny_model(family), examples)
+    without = logprobs.score(tiny_model(family), examples)
     assert not close(without, expected, 1e-2)
-    assert scoring.shared_beginning(examples) == beginning
+    assert packing.shared_prefix_len(examples) == beginning
     for settings in ({}, {"plain": True}, {"budget": 40}):
-        assert close(scoring.score(model, examples, **settings), expected), settings
+        assert close(logprobs.score(model, examples, **settings), expected), settings
 
 
 def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
@@ -79,39 +78,39 @@ def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
     examples = [Example([text], [4])]
     logprobs = expected.log_softmax(-1)
     whole = sum(float(logprobs[p - 1, text[p]]) for p in range(16, 20))
-    assert scoring.score(model, examples)[0][0] == pytest.approx(whole, abs=1e-4)
+    assert logprobs.score(model, examples)[0][0] == pytest.approx(whole, abs=1e-4)
 
 
 @pytest.mark.parametrize("reparam", [False, True])
 def test_copies_see_perturbations_of_their_own(family, reparam):
     model, made = with_prefix(family, reparam)
-    batch = scoring.pack(some_examples())
+    batch = packing.pack(some_examples())
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(2)
         deltas = [0.1 * torch.randn(3, *p.shape) for p in made.parameters()]
         made.spread(deltas)
-        together = scoring.loss(model, batch, True, copies=3)
+        together = logprobs.loss(model, batch, True, copies=3)
         made.spread(None)
         before = [p.clone() for p in made.parameters()]
         for i in range(3):
             for p, start, delta in zip(made.parameters(), before, deltas, strict=True):
                 p.copy_(start + delta[i])
-            torch.testing.assert_close(scoring.loss(model, batch, True), together[i], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logprobs.loss(model, batch, True), together[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_zeroth_order_step_is_the_plain_one(family, copies):
     model, made = with_prefix(family)
-    batch, start = scoring.pack(some_examples()), made.embedding.detach().clone()
+    batch, start = packing.pack(some_examples()), made.embedding.detach().clone()
     zo = ZerothOrder([{"params": list(made.parameters())}], 1e-2, 1e-1, 3, master=True, spread=made.spread)
     z = zo.direction(zo.slots[0], 0, range(0)).clone().view(start.shape)
     losses = []
     with torch.inference_mode():
         for sign in (1, -1):
             made.embedding.copy_(start + sign * 0.1 * z)
-            losses.append(float(scoring.loss(model, batch, True)))
+            losses.append(float(logprobs.loss(model, batch, True)))
         made.embedding.copy_(start)
-    zo.estimate(lambda **more: scoring.loss(model, batch, True, **more), copies=copies)
+    zo.estimate(lambda **more: logprobs.loss(model, batch, True, **more), copies=copies)
     zo.step()
     g = (losses[0] - losses[1]) / 0.2
     assert zo.projected_grads[0] == pytest.approx(g, rel=1e-3, abs=1e-4)
@@ -123,11 +122,9 @@ def test_a_zeroth_order_step_is_the_plain_one(family, copies):
 def test_answers_equal_those_by_hand(family, settings, beginning):
     model, made = with_prefix(family)
     states, tokenizer, prompts = made.states(torch.float32), tiny_tokenizer(), some_prompts(beginning)[:5]
-    answers = generation.generate(model, tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
+    answers = generate.generate(model, tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
     if "num_beams" in settings:  # two beams find no worse a text; that they see the prefix shows against none
-        bare = generation.generate(
-            tiny_model(family), tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings
-        )
+        bare = generate.generate(tiny_model(family), tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
         assert answers != bare
         return
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -200,7 +197,7 @@ RUN = "--prefix_tuning --max_steps 6 --output_dir out --save_model --save_steps 
 def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):  # noqa: F811
     result = go(f"{RUN} {more} --num_dev 8")
     assert result["args"]["zo_eps"] == (0.1 if "zo" in more else None) and result["args"]["learning_rate"] == 1e-2
-    files = [prefix.adapters.WEIGHTS] + [prefix.EXACT] * ("False" in more)
+    files = [prefix.adapters.WEIGHTS] + [prefix.EXACT_WEIGHTS] * ("False" in more)
     whole = [Path("out", name).read_bytes() for name in files]
     calls, step = [], trainer.OurTrainer.training_step
 
@@ -237,9 +234,9 @@ def test_a_replay_gives_the_same_bits(go):  # noqa: F811
 @pytest.mark.parametrize("kind", ALL_FAMILIES)
 def test_every_family_sees_the_prefix_as_it_is(kind):
     bare = tiny_model(kind)
-    plain = not scoring.takes_packed(bare)
+    plain = not logprobs.supports_packed_rows(bare)
     model, made = with_prefix(kind)
     examples = some_examples(5)
     expected = plain_scores(model, examples, made.states(torch.float32))
-    assert not close(scoring.score(bare, examples, plain=plain), expected, 1e-2)
-    assert close(scoring.score(model, examples, plain=plain), expected)
+    assert not close(logprobs.score(bare, examples, plain=plain), expected, 1e-2)
+    assert close(logprobs.score(model, examples, plain=plain), expected)

@@ -12,6 +12,7 @@ from conftest import shared, tiny_model, tiny_tokenizer, write_rows
 
 import run
 from lora import LoRA
+from training import checkpoints
 from utils import UsageError
 
 ROOT = Path(run.__file__).parent
@@ -263,9 +264,8 @@ def test_an_output_directory_that_is_a_file(refused, tmp_path):
 
 
 def test_a_directory_that_another_process_trains_in(refused, tmp_path):
-    import checkpoint
 
-    with checkpoint.locked(tmp_path / "out"):
+    with checkpoints.lock_output_dir(tmp_path / "out"):
         refused("--trainer zo --lora --max_steps 1", "another process")
 
 

@@ -16,11 +16,12 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from test_run import BOOST, adapter_bytes, go  # noqa: F401 - a fixture
 
-import checkpoint
 import run
-import scoring
+from distributed import stop_signals
 from framework import Framework
+from scoring import logprobs, packing
 from trainer import OurTrainer
+from training import checkpoints
 
 ROOT = Path(run.__file__).parent
 LONG = f"{BOOST} --max_steps 11 --save_on_interrupt"
@@ -41,7 +42,7 @@ def calm(go):  # noqa: F811
 
 
 def evaluations(path="out"):
-    last = checkpoint.completed(path)[-1]
+    last = checkpoints.list_checkpoints(path)[-1]
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
 
@@ -66,19 +67,19 @@ def send(number):
 # ---- signals ----
 
 
-@pytest.mark.parametrize("number", checkpoint.Signals.NUMBERS)
+@pytest.mark.parametrize("number", stop_signals.StopSignals.NUMBERS)
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_bytes(
     go, calm, monkeypatch, number, step, capsys  # noqa: F811
 ):  # fmt: skip
     expected = calm(LONG)[0]
-    before = [signal.getsignal(n) for n in checkpoint.Signals.NUMBERS]
+    before = [signal.getsignal(n) for n in stop_signals.StopSignals.NUMBERS]
     with monkeypatch.context() as patch:
         at_step(patch, step, send(number))
-        go(LONG, status=checkpoint.REQUEUE)
+        go(LONG, status=stop_signals.EXIT_REQUEUE)
     assert signal.Signals(number).name in capsys.readouterr().err
-    assert [signal.getsignal(n) for n in checkpoint.Signals.NUMBERS] == before
-    assert checkpoint.completed("out")[-1].name == f"checkpoint-{step}"
+    assert [signal.getsignal(n) for n in stop_signals.StopSignals.NUMBERS] == before
+    assert checkpoints.list_checkpoints("out")[-1].name == f"checkpoint-{step}"
     assert not (Path("out") / "adapter_model.safetensors").exists()
     go(LONG)
     assert adapter_bytes() == expected
@@ -87,7 +88,7 @@ def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_by
 def test_a_second_interrupt_stops_at_once(go, monkeypatch):  # noqa: F811
     at_step(monkeypatch, 5, lambda: (send(signal.SIGINT)(), send(signal.SIGINT)()))
     go(LONG, status=130)
-    assert checkpoint.completed("out")[-1].name == "checkpoint-4"
+    assert checkpoints.list_checkpoints("out")[-1].name == "checkpoint-4"
 
 
 def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch, capsys):  # noqa: F811
@@ -103,8 +104,8 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth
     expected = calm(flags)
     with monkeypatch.context() as patch:
         at_step(patch, nth, send(signal.SIGTERM), Framework, "evaluate")
-        go(flags, status=checkpoint.REQUEUE)
-    assert checkpoint.completed("out")[-1].name == f"checkpoint-{min(2 * nth, 11)}"
+        go(flags, status=stop_signals.EXIT_REQUEUE)
+    assert checkpoints.list_checkpoints("out")[-1].name == f"checkpoint-{min(2 * nth, 11)}"
     result = go(flags)
     assert adapter_bytes() == expected[0]
     assert evaluations() == expected[1][: 5 if nth == 6 else None]  # the last checkpoint is not written again
@@ -133,7 +134,7 @@ def test_a_signal_changes_neither_evaluations_nor_the_best(go, calm, monkeypatch
     expected = calm(flags)[:2]
     with monkeypatch.context() as patch:
         at_step(patch, step, send(signal.SIGTERM))
-        go(flags, status=checkpoint.REQUEUE)
+        go(flags, status=stop_signals.EXIT_REQUEUE)
     go(flags)  # what it makes up for at the step of a checkpoint is not written into that one
     assert adapter_bytes() == expected[0] and evaluations() == expected[1][: len(evaluations())]
 
@@ -149,7 +150,7 @@ def test_the_final_evaluation_can_be_interrupted(go, calm, monkeypatch):  # noqa
     expected = calm(LONG)
     with monkeypatch.context() as patch:
         at_step(patch, 1, send(signal.SIGUSR1), Framework, "predict")
-        go(LONG, status=checkpoint.REQUEUE)
+        go(LONG, status=stop_signals.EXIT_REQUEUE)
     result = go(LONG)
     assert adapter_bytes() == expected[0] and {k: result[k] for k in expected[2]} == expected[2]
 
@@ -197,7 +198,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, nam
 
 def test_when_all_are_damaged_the_run_is_refused(go, capsys):  # noqa: F811
     go(BOOST)
-    for path in checkpoint.completed("out"):
+    for path in checkpoints.list_checkpoints("out"):
         truncate(path)
     go(BOOST, status=2)
     assert "every checkpoint" in capsys.readouterr().err.splitlines()[-1]
@@ -213,7 +214,7 @@ def test_where_none_was_ever_completed_it_starts_afresh_and_says_so(go, caplog):
 
 def test_a_limit_on_checkpoints_keeps_the_newest_and_the_best(go):  # noqa: F811
     go(f"{BEST} --save_total_limit 1 --learning_rate 1")
-    kept = [path.name for path in checkpoint.completed("out")]
+    kept = [path.name for path in checkpoints.list_checkpoints("out")]
     best = json.loads(Path("out/checkpoint-11/trainer_state.json").read_text())["best_model_checkpoint"]
     assert kept[-1] == "checkpoint-11" and set(kept) <= {"checkpoint-11", Path(best).name}
 
@@ -252,7 +253,10 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
     done = starved(LONG, model_dir, data_dir, {3: 100, 7: -1})
     assert done.returncode == 0, done.stderr[-800:]
     assert done.stderr.count("could not be saved") == 1 and "checkpoint-4" in done.stderr
-    assert [p.name for p in checkpoint.completed("out")] == ["checkpoint-2", *(f"checkpoint-{i}" for i in (8, 10, 11))]
+    assert [p.name for p in checkpoints.list_checkpoints("out")] == [
+        "checkpoint-2",
+        *(f"checkpoint-{i}" for i in (8, 10, 11)),
+    ]
     assert adapter_bytes() == expected
 
 
@@ -261,8 +265,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole
     done = starved(LONG, model_dir, data_dir, {5: 100})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("run.py: error")
-    assert [p.name for p in checkpoint.completed("out")] == ["checkpoint-2", "checkpoint-4"]
-    assert not Path("out/.partial").exists() and checkpoint.newest("out").name == "checkpoint-4"
+    assert [p.name for p in checkpoints.list_checkpoints("out")] == ["checkpoint-2", "checkpoint-4"]
+    assert not Path("out/.partial").exists() and checkpoints.newest_checkpoint("out").name == "checkpoint-4"
     go(LONG)
     assert adapter_bytes() == expected
 
@@ -275,7 +279,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole
               RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
 )  # fmt: skip
 def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, error):  # noqa: F811
-    expected, loss, calls = calm(LONG)[0], scoring.loss, []
+    expected, loss, calls = calm(LONG)[0], logprobs.loss, []
 
     def failing(model, batch, classification, copies=None):
         calls.append(1)
@@ -284,7 +288,7 @@ def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, erro
         return loss(model, batch, classification, copies)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "loss", failing)
+        patch.setattr(packing, "loss", failing)
         go(LONG, status=1)
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--per_device_train_batch_size" in said and said.startswith("run.py: error: out of memory")
@@ -293,7 +297,7 @@ def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, erro
 
 
 def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(scoring, "loss", lambda *a, **k: torch.tensor(float("nan")))
+    monkeypatch.setattr(packing, "loss", lambda *a, **k: torch.tensor(float("nan")))
     go("--trainer zo --lora --max_steps 80 --output_dir out --learning_rate 1", status=1)
     assert "Lower the learning rate" in capsys.readouterr().err.splitlines()[-1]
 
@@ -301,7 +305,7 @@ def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, cap
 @pytest.mark.parametrize("mode", ["--lora", "", "--load_bfloat16"])
 def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go, monkeypatch, mode):  # noqa: F811
     """In a callback, and between the two forwards of a step."""
-    made, loss, calls = [], scoring.loss, []
+    made, loss, calls = [], logprobs.loss, []
 
     def failing(model, batch, classification, copies=None):
         calls.append(1)
@@ -314,14 +318,14 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go,
         return step(self, *args, **kwargs)
 
     step = OurTrainer.training_step
-    monkeypatch.setattr(scoring, "loss", failing)
+    monkeypatch.setattr(packing, "loss", failing)
     monkeypatch.setattr(OurTrainer, "training_step", noting)
     flags = f"--trainer zo {mode} --zo_batched off --save_steps 1 --output_dir out --learning_rate 1e-2"
     with pytest.raises(ZeroDivisionError):
         go(f"{flags} --max_steps 9")
     state = {k: v.clone() for k, v in made[-1].state_dict().items()}
-    done = len(checkpoint.completed("out"))
-    monkeypatch.setattr(scoring, "loss", loss)
+    done = len(checkpoints.list_checkpoints("out"))
+    monkeypatch.setattr(packing, "loss", loss)
     made.clear()
     go(f"{flags} --max_steps {done} --output_dir fresh")
     assert all(torch.equal(v, state[k]) for k, v in made[-1].state_dict().items())
@@ -333,7 +337,7 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go,
 def test_other_batches_of_the_same_sum_go_on(go):  # noqa: F811
     go(BOOST)
     go(f"{BOOST} --max_steps 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --logging_steps 1")
-    assert checkpoint.completed("out")[-1].name == "checkpoint-8"
+    assert checkpoints.list_checkpoints("out")[-1].name == "checkpoint-8"
 
 
 def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused(go):  # noqa: F811
@@ -380,7 +384,7 @@ def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):  #
     path = Path("out/checkpoint-4")
     (path / name).write_bytes(PICKLES[kind])
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
+    manifest[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoints.sha256(path / name)}
     (path / "manifest.json").write_text(json.dumps(manifest))
     read = name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     go(BOOST, status=2 if read else 0)
@@ -405,6 +409,8 @@ CODE = """
 import os
 os.system("touch ran")
 from transformers import LlamaConfig, LlamaForCausalLM
+from distributed import stop_signals
+from scoring import logprobs
 class OwnConfig(LlamaConfig):
     model_type = "own-llama"
 class OwnModel(LlamaForCausalLM):
@@ -474,9 +480,9 @@ def test_one_thread_and_two_agree_to_rounding(model_dir, data_dir, tmp_path):
 
 @pytest.mark.parametrize("mode", ["xgblora", "adaptive", "adamw", "full", "regular"])
 def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
-    """The short version of bench/crash.py, in a process of its own because it forks."""
+    """The short version of tests/stress/crash.py, in a process of its own because it forks."""
     script = (
-        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']; import crash\n"
+        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/stress']; import crash\n"
         "print(crash.torture(sys.argv[4:], Path(sys.argv[3]), 3, int(sys.argv[2])))"
     )
     argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
@@ -492,17 +498,17 @@ def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
 def crash_modes() -> dict[str, str]:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("crash", ROOT / "bench" / "crash.py")
+    spec = importlib.util.spec_from_file_location("crash", ROOT / "tests" / "stress" / "crash.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.MODES
 
 
 def test_mutated_bytes_are_refused_or_work():
-    """The short version of bench/fuzz.py."""
+    """The short version of tests/stress/fuzz.py."""
     script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/bench']; import checkpoint, fuzz\n"
-        "checkpoint.logger.disabled = True\n"
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/stress']; import fuzz; from training import checkpoints\n"
+        "checkpoints.logger.disabled = True\n"
         "counts, findings = fuzz.fuzz(1500, 7, progress=False)\n"
         "print(sum(counts.values()), *findings)"
     )

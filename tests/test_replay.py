@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_run import adapter_bytes, go  # noqa: F401 - a fixture
 
 import run
-from trajectory import Trajectory
+from zo.trajectory import Trajectory
 
 RUN = "--trainer zo --learning_rate 1e-2 --seed 3 --save_model --max_steps 11 --save_steps 2"
 BOOST = f"{RUN} --xgblora --xgblora_steps_per_iteration 4 --output_dir out"

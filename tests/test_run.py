@@ -16,10 +16,11 @@ import torch
 from conftest import TRAIN, shared, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import results
 import run
+from cli import results, starter
 from lora import LoRA
+from training import checkpoints
+from utils import load_tokenizer
 
 ROOT = Path(run.__file__).parent
 
@@ -67,7 +68,7 @@ def test_seeds_stand_in_one_row_whatever_is_written_how_often(go, tmp_path):
     for seed, more in enumerate(("", "--overwrite", "--logging_steps 5 --save_on_interrupt", "--lora_alpha 16")):
         go(f"--trainer zo --lora --max_steps 1 --output_dir out{seed} --seed {seed} {more}")
         (tmp_path / "result.json").rename(tmp_path / "kept" / f"{seed}.json")
-    rows = results.table(tmp_path / "kept")[1:]
+    rows = results.results_table(tmp_path / "kept")[1:]
     assert rows and all(row.split()[4] == "4" for row in rows), rows
 
 
@@ -127,7 +128,7 @@ def test_a_rerun_after_a_crash_ends_with_the_same_bytes(go):
     """In-process: the run dies in the middle of the step after a checkpoint."""
     go(f"{BOOST} --max_steps 11")
     expected = adapter_bytes()
-    for path in checkpoint.completed("out"):
+    for path in checkpoints.list_checkpoints("out"):
         if path.name != "checkpoint-6":  # in the middle of the second round
             subprocess.run(["rm", "-r", str(path)], check=True)
     for name in ("adapter_model", "boosters"):
@@ -247,7 +248,10 @@ def test_a_table_keeps_ways_of_drawing_demonstrations_apart(go, tmp_path):
     for i, more in enumerate(("", "--train_set_seed 0", "--train_set_seed 1")):
         go(f"--num_train 2 {more}")
         (tmp_path / "result.json").rename(tmp_path / "kept" / f"{i}.json")
-    assert sorted(row.split()[4] for row in results.table(tmp_path / "kept")[1:] if " loss " in row) == ["1", "2"]
+    assert sorted(row.split()[4] for row in results.results_table(tmp_path / "kept")[1:] if " loss " in row) == [
+        "1",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,7 @@ def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
 
 
 def test_every_command_of_the_evidence_is_understood(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.syspath_prepend(str(ROOT / "research"))
     import arms
 
     lines = {arm.line(0) for arm in arms.grid() if arm.flags != arms.BIAS}
@@ -450,7 +454,6 @@ def test_a_gguf_file_is_a_model_that_trains_and_can_be_saved(go, tmp_path):
 
 
 def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
-    import starter
 
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     model = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
@@ -459,7 +462,6 @@ def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
 
 
 def test_opt_prompts_start_with_0():
-    from utils import load_tokenizer
 
     tokenizer = load_tokenizer(shared("tokenizer-opt"), "opt")
     assert tokenizer.encode("hello") == [0, 42891]
@@ -476,7 +478,11 @@ def test_every_module_is_installed():
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]) == modules
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "research").glob("*.py"), *(ROOT / "tests/stress").glob("*.py")]),
+    ids=lambda path: path.stem,
+)
 def test_what_a_bench_needs_is_there(path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])
     runpy.run_path(str(path), run_name="bench")

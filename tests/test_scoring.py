@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-import scoring
-from scoring import Example
+from scoring import logprobs, packing
+from scoring.packing import Example
 
 
 @torch.no_grad()
@@ -44,17 +44,17 @@ def models():
 @pytest.mark.parametrize("beginning", [0, 40])
 def test_scores_equal_the_plain_computation(family, plain, beginning):
     model, examples = tiny_model(family), some_examples(beginning=beginning)
-    assert_close(scoring.score(model, examples, plain=plain), plain_scores(model, examples))
+    assert_close(logprobs.score(model, examples, plain=plain), plain_scores(model, examples))
 
 
 @pytest.mark.parametrize("beginning", [0, 40])
 def test_packing_budget_and_order_change_no_score(family, beginning):
     model, examples = tiny_model(family), some_examples(beginning=beginning)
-    reference = scoring.score(model, examples, budget=10**6)
+    reference = logprobs.score(model, examples, budget=10**6)
     for budget in (1, 40, 100):
-        assert_close(scoring.score(model, examples, budget=budget), reference)
+        assert_close(logprobs.score(model, examples, budget=budget), reference)
     order = random.Random(1).sample(range(len(examples)), len(examples))
-    shuffled = scoring.score(model, [examples[i] for i in order])
+    shuffled = logprobs.score(model, [examples[i] for i in order])
     assert_close(shuffled, [reference[i] for i in order])
 
 
@@ -70,7 +70,7 @@ def test_any_tree_of_options_scores_as_plain_rows(models, family, data):
         prompt = (beginning + rest)[-data.draw(st.integers(1, 50)) :]
         options = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4))
         examples.append(Example([prompt + o for o in options], [len(o) for o in options]))
-    assert_close(scoring.score(model, examples), plain_scores(model, examples))
+    assert_close(logprobs.score(model, examples), plain_scores(model, examples))
 
 
 def test_classification_loss_equals_plain(family):
@@ -80,7 +80,7 @@ def test_classification_loss_equals_plain(family):
         means = torch.tensor([s / n for s, n in zip(row, x.option_lens, strict=True)])
         expected -= means.log_softmax(0)[x.label].item() / len(examples)
     with torch.no_grad():
-        loss = scoring.loss(model, scoring.pack(examples), classification=True)
+        loss = logprobs.loss(model, packing.pack(examples), classification=True)
     assert loss.dtype == torch.float32 and loss.ndim == 0
     assert math.isclose(loss.item(), expected, rel_tol=1e-5)
 
@@ -90,7 +90,7 @@ def test_language_modelling_loss_is_the_mean_over_option_tokens(family):
     examples = [Example([x.encodings[0]], [x.option_lens[0]]) for x in some_examples()]
     tokens = [t for x in examples for t in plain_logprobs(model, x.encodings[0], x.option_lens[0])]
     with torch.no_grad():
-        loss = scoring.loss(model, scoring.pack(examples), classification=False)
+        loss = logprobs.loss(model, packing.pack(examples), classification=False)
     assert math.isclose(loss.item(), -sum(tokens) / len(tokens), rel_tol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_gradients_through_packed_rows_equal_plain_gradients():
     grads = []
     for plain in (False, True):
         model = tiny_model("llama")
-        scoring.loss(model, scoring.pack(examples, plain=plain), classification=True).backward()
+        logprobs.loss(model, packing.pack(examples, plain=plain), classification=True).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*grads, atol=1e-6, rtol=1e-4)
 
@@ -107,9 +107,9 @@ def test_gradients_through_packed_rows_equal_plain_gradients():
 def test_examples_that_begin_alike_share_a_row():
     beginning = list(range(100, 140))
     examples = [Example([[*beginning, i, 20], [*beginning, i, 21, 22]], [1, 2]) for i in range(5)]
-    batch = scoring.pack(examples)
+    batch = packing.pack(examples)
     assert batch["input_ids"].numel() == 40 + 5 * 2  # i and 21; the last token of an option never goes in
-    apart = scoring.pack([Example([[256, *range(i, i + 60)]], [1]) for i in range(3)])
+    apart = packing.pack([Example([[256, *range(i, i + 60)]], [1]) for i in range(3)])
     assert (apart["input_ids"] == 256).sum() == 3  # one token in common isn't worth a longer row
 
 
@@ -118,7 +118,7 @@ def test_what_all_examples_begin_with_goes_in_once():
     examples = [Example([[*beginning, 100 + i, 1], [*beginning, 100 + i, 2]], [1, 1]) for i in range(30)]
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-    scores = scoring.score(model, examples, budget=10)
+    scores = logprobs.score(model, examples, budget=10)
     assert seen[0] == 60 and sum(seen) == 60 + 30
     assert_close(scores, plain_scores(model, examples))
 
@@ -129,7 +129,7 @@ def test_one_prompt_that_was_cut_does_not_take_the_cache_from_the_others():
     examples[4] = Example([[*beginning[20:], 104, 1], [*beginning[20:], 104, 2]], [1, 1])
     seen = []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-    scores = scoring.score(model, examples)
+    scores = logprobs.score(model, examples)
     assert sum(seen) == 60 + 8 + 41
     assert_close(scores, plain_scores(model, examples))
 
@@ -139,13 +139,13 @@ def test_tokens_to_be_learned_may_stand_anywhere():
     ids, wanted = list(range(30)), [3, 4, 11, 29]
     example = Example([ids], [4], targets=[wanted])
     logprobs = plain_logprobs(model, ids, 29)
-    assert_close(scoring.score(model, [example]), [[sum(logprobs[p - 1] for p in wanted)]])
+    assert_close(logprobs.score(model, [example]), [[sum(logprobs[p - 1] for p in wanted)]])
 
 
 def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
     model = tiny_model(family, dtype=torch.bfloat16)
     examples = some_examples(60, seed=3, beginning=20)
-    packed, plain = scoring.score(model, examples), scoring.score(model, examples, plain=True)
+    packed, plain = logprobs.score(model, examples), logprobs.score(model, examples, plain=True)
     for a, b in zip(packed, plain, strict=True):
         best = b.index(max(b))
         assert a.index(max(a)) == best or b[best] - b[a.index(max(a))] < 0.02 * abs(b[best])
@@ -153,7 +153,7 @@ def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
 
 def test_each_distinct_token_goes_in_once_and_the_last_never():
     prompt = list(range(10))
-    batch = scoring.pack([Example([[*prompt, 20], [*prompt, 21]], [1, 1])])
+    batch = packing.pack([Example([[*prompt, 20], [*prompt, 21]], [1, 1])])
     assert batch["input_ids"].tolist() == [prompt]
     assert len(batch["read_row"]) == 1  # both options are read from one place
 
@@ -162,12 +162,12 @@ def test_one_forward_serves_a_whole_batch():
     model, calls = tiny_model("opt"), []
     model.register_forward_pre_hook(lambda module, args: calls.append(1))
     with torch.no_grad():
-        scoring.loss(model, scoring.pack(some_examples()), classification=True)
+        logprobs.loss(model, packing.pack(some_examples()), classification=True)
     assert len(calls) == 1
 
 
 def test_rows_are_balanced():
-    places = scoring.fit([30, 20, 20, 10, 10, 10])
+    places = packing.bin_pack([30, 20, 20, 10, 10, 10])
     ends = {}
     for (r, start), size in zip(places, [30, 20, 20, 10, 10, 10], strict=True):
         ends.setdefault(r, []).append((start, start + size))
@@ -177,8 +177,8 @@ def test_rows_are_balanced():
 
 
 def test_families_that_take_packed_rows_are_found(family):
-    assert scoring.takes_packed(tiny_model(family))
-    assert scoring.takes_packed(tiny_model(family, dtype=torch.bfloat16))
+    assert logprobs.supports_packed_rows(tiny_model(family))
+    assert logprobs.supports_packed_rows(tiny_model(family, dtype=torch.bfloat16))
 
 
 def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
@@ -189,25 +189,25 @@ def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
         MistralConfig(**sizes, num_key_value_heads=2, intermediate_size=48, sliding_window=8)
     ).eval()
     for model in (bloom, mistral):
-        assert not scoring.takes_packed(model)
-        assert_close(scoring.score(model, some_examples(), plain=True), plain_scores(model, some_examples()))
+        assert not logprobs.supports_packed_rows(model)
+        assert_close(logprobs.score(model, some_examples(), plain=True), plain_scores(model, some_examples()))
 
 
 def test_windows_longer_than_the_probe_are_seen_too():
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
     model = lambda window: MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()  # noqa: E731
-    assert not scoring.takes_packed(model(64)) and not scoring.takes_packed(model(4096), longest=8192)
-    assert scoring.takes_packed(model(4096)) and scoring.takes_packed(model(None))
+    assert not logprobs.supports_packed_rows(model(64)) and not logprobs.supports_packed_rows(model(4096), longest=8192)
+    assert logprobs.supports_packed_rows(model(4096)) and logprobs.supports_packed_rows(model(None))
 
 
 def test_trees_and_batches_have_a_bound():
     beginning = list(range(200)) * 5
     examples = [Example([[*beginning, i % 250, i % 7, 9]], [1]) for i in range(3000)]
-    sizes = [len(tree.tokens) for tree in scoring.trees(examples)]
-    assert len(sizes) > 1 and max(sizes) <= scoring.TOKENS
+    sizes = [len(tree.tokens) for tree in packing.build_trees(examples)]
+    assert len(sizes) > 1 and max(sizes) <= packing.MAX_TOKENS
     plain = [Example([[1] * 1500], [1]), *(Example([[1] * 20], [1]) for _ in range(100))]
-    for group in scoring.batches(scoring.trees(plain, plain=True), 2048, 10**6, padded=True):
+    for group in packing.batch_trees(packing.build_trees(plain, plain=True), 2048, 10**6, padded=True):
         assert len(group) == 1 or len(group) * len(group[0].tokens) <= 2048
 
 
@@ -215,13 +215,13 @@ def test_nan_is_an_error_and_not_class_0():
     model = tiny_model("opt")
     model.get_output_embeddings().weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="NaN"):
-        scoring.score(model, some_examples(2))
+        logprobs.score(model, some_examples(2))
 
 
 def test_half_precision_reads_logits_in_fp32():
     model = tiny_model("llama", dtype=torch.bfloat16)
     with torch.no_grad():
-        assert scoring.loss(model, scoring.pack(some_examples()), classification=True).dtype == torch.float32
+        assert logprobs.loss(model, packing.pack(some_examples()), classification=True).dtype == torch.float32
 
 
 def test_smollm2_scores_real_sentences_as_plain_rows_do():
@@ -235,4 +235,4 @@ def test_smollm2_scores_real_sentences_as_plain_rows_do():
     examples = [
         Example([tokenizer.encode(t + o) for o in options], [len(tokenizer.encode(o)) for o in options]) for t in texts
     ]
-    assert_close(scoring.score(model, examples), plain_scores(model, examples))
+    assert_close(logprobs.score(model, examples), plain_scores(model, examples))

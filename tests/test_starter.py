@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import starter as made_starter
 
 import run
-import starter
+from cli import starter
 
 LINES = (
     "1\t2.5\tA  fine film.\n"

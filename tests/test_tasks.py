@@ -9,7 +9,7 @@ from conftest import TRAIN, shared, starter, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import tasks
-from tasks import Own, Sample, get_task
+from tasks import CustomTask, Sample, get_task
 from utils import UsageError, encode_prompt, load_tokenizer, prompt_tokens, text_tokens
 
 GOLDEN = ("SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP")
@@ -194,7 +194,7 @@ def write_jsonl(path, rows):
 def own_task(folder, rows, metric=None, **flags):
     for split in tasks.SPLITS:
         write_jsonl(folder / f"{split}.jsonl", rows)
-    return get_task("own", folder, Own(**flags), metric)
+    return get_task("own", folder, CustomTask(**flags), metric)
 
 
 WORDS = '{"neg": "terrible", "pos": "great"}'

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import gaussian
 
-import models
 import run
-import scoring
+from cli import load_model
 from lora import LoRA
+from scoring import logprobs, packing
 from trainer import OurTrainer
 
 
@@ -39,7 +39,7 @@ def framework(model_dir, data_dir, tmp_path, monkeypatch):
 
 
 def fresh_model(model_dir):
-    return models.read_model(str(model_dir), torch.float32)
+    return load_model.read_model(str(model_dir), torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["lora", "xgblora", "ft"])
@@ -60,7 +60,7 @@ def test_20_steps_equal_a_plain_loop(framework, model_dir, mode):
         for shown in (theta + eps * z, theta - eps * z):
             for p, values in zip(params, shown.split(sizes), strict=True):
                 p.copy_(values.view(p.shape))
-            losses.append(scoring.loss(model, batch, classification=True).item())
+            losses.append(logprobs.loss(model, batch, classification=True).item())
         g = (losses[0] - losses[1]) / (2 * eps)
         for p, values in zip(params, (theta - lr * g * z).split(sizes), strict=True):
             p.copy_(values.view(p.shape))
@@ -196,7 +196,7 @@ def test_the_log_shows_the_mean_of_both_losses_and_the_projected_gradient(framew
             for p in params:
                 p.add_(sign * 1e-2 * z[start : start + p.numel()].view(p.shape))
                 start += p.numel()
-            losses.append(scoring.loss(model, made.seen[0], True).item())
+            losses.append(logprobs.loss(model, made.seen[0], True).item())
             for p, s in zip(params, saved, strict=True):
                 p.copy_(s)
     first = next(e for e in made.trainer.state.log_history if "loss" in e)
@@ -205,12 +205,12 @@ def test_the_log_shows_the_mean_of_both_losses_and_the_projected_gradient(framew
 
 
 def test_a_nan_loss_is_logged_as_skipped_and_never_as_0(framework, monkeypatch):
-    nan, loss = iter([math.nan, math.nan]), scoring.loss
+    nan, loss = iter([math.nan, math.nan]), logprobs.loss
 
     def sometimes(model, inputs, classification):
         return loss(model, inputs, classification) * next(nan, 1.0)
 
-    monkeypatch.setattr(scoring, "loss", sometimes)
+    monkeypatch.setattr(packing, "loss", sometimes)
     made = framework("--trainer zo --lora --max_steps 3 --learning_rate 1e-2")
     logs = [e for e in made.trainer.state.log_history if "loss" in e]
     assert math.isnan(logs[0]["loss"]) and not math.isnan(logs[-1]["loss"])

@@ -10,14 +10,16 @@ import torch
 from conftest import TRAIN, gaussian, some_examples, starter, tiny_model
 from torch import nn
 
-import directions
-import scoring
-from check import advice, check
+from cli.validation import find_method
 from lora import LoRA
-from methods import LOZO, get_method
-from trajectory import Trajectory
+from scoring import logprobs, packing
 from utils import UsageError
-from zo import Method, Noise, NonFiniteLoss, ZerothOrder
+from zo import counter_rng
+from zo.diagnostics import diagnose, recommendations
+from zo.method import Method
+from zo.methods import LOZO
+from zo.optimizer import Noise, NonFiniteLoss, ZerothOrder
+from zo.trajectory import Trajectory
 
 
 def test_no_global_generator_is_touched():
@@ -231,11 +233,11 @@ def loss_at(params, values, closure) -> float:
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("block", [64, 1 << 18])
 def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, block, monkeypatch):
-    monkeypatch.setattr(directions, "BLOCK", block)
+    monkeypatch.setattr(counter_rng, "BLOCK", block)
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, seed=3, queries=2, distribution=distribution, master=False)
-    batch = scoring.pack(some_examples())
-    closure = partial(scoring.loss, model, batch, True)
+    batch = packing.pack(some_examples())
+    closure = partial(logprobs.loss, model, batch, True)
     points = engine.method.points()
     params = list(model.parameters())
     expected = [loss_at(params, perturbed(model, engine, q, s * 1e-2), closure) for q, s in points]
@@ -353,7 +355,7 @@ def test_no_second_copy_and_no_large_temporary(monkeypatch):
             return out
 
     engine = ZerothOrder(model, lr=1e-3, eps=1e-2, master=False)
-    monkeypatch.setattr(directions, "BLOCK", 1 << 14)
+    monkeypatch.setattr(counter_rng, "BLOCK", 1 << 14)
     with Watch():
         engine.step(lambda: model(ids).mean())
     assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
@@ -399,7 +401,7 @@ def test_copies_of_adapters_equal_one_forward_a_point(family, queries):
         for module in lora.lora_modules:
             module.lora_B.data.normal_()
         engine = ZerothOrder(model, eps=1e-2, queries=queries, master=True, spread=lora.spread)
-        closure = partial(scoring.loss, model, scoring.pack(some_examples()), True)
+        closure = partial(logprobs.loss, model, packing.pack(some_examples()), True)
         found = []
         for copies in (1, 2, 2 * queries):
             engine.losses = [0.0] * (2 * queries)
@@ -505,10 +507,10 @@ def test_a_method_is_a_few_lines():
 def test_a_method_of_a_file_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from zo import Method\nclass Mine(Method):\n    replayable = False\nclass Other: pass\n")
-    assert get_method(f"{path}:Mine").replayable is False and get_method("lozo") is LOZO
+    assert find_method(f"{path}:Mine").replayable is False and find_method("lozo") is LOZO
     for name in ("nothing", f"{path}:Other", f"{path}:None", "no.py:Mine"):
         with pytest.raises(UsageError, match="--zo_method"):
-            get_method(name)
+            find_method(name)
 
 
 # ---- a run as a file ----
@@ -660,7 +662,7 @@ def test_the_check_knows_a_quadratic():
     h, x = torch.rand(40).double() + 0.5, torch.randn(40)
     p = nn.Parameter(x.clone())
     engine = ZerothOrder([p], lr=1e-3, eps=1e-2, seed=4)
-    found = check(engine, lambda: (h * p.double() ** 2).sum() / 2, directions=2000)
+    found = diagnose(engine, lambda: (h * p.double() ** 2).sum() / 2, directions=2000)
     gradient = h * x
     expected = 2 * gradient.square().sum() / (gradient.square().sum() * h.sum() + 2 * (h * gradient.square()).sum())
     assert found.trace == pytest.approx(h.sum().item(), rel=0.05)
@@ -668,37 +670,37 @@ def test_the_check_knows_a_quadratic():
     assert found.largest_lr == pytest.approx(expected.item(), rel=0.1)
     assert found.noise_share < 1e-3 and found.bend < 1e-3 and found.forwards == 1 + 6 * 2000
     assert torch.equal(p, x) and engine.scalars["step"] == 0
-    assert "fit" in advice(found, engine)[-1]
+    assert "fit" in recommendations(found, engine)[-1]
     engine.param_groups[0]["lr"] = 10.0
-    assert any("learning rate 10 is above" in line for line in advice(found, engine))
+    assert any("learning rate 10 is above" in line for line in recommendations(found, engine))
 
 
 @pytest.mark.parametrize("grain", [2e-3, 4e-3])
 def test_the_check_finds_rounding_and_an_eps_that_drowns_in_it(grain):
     p = nn.Parameter(torch.linspace(-1, 1, 50))
     coarse = lambda: ((p.double() - 0.3) ** 2).sum() + grain * torch.sin(p.double() * 1e8).sum() / 5  # noqa: E731
-    found = check(ZerothOrder([p], eps=1e-4), coarse, directions=40)
+    found = diagnose(ZerothOrder([p], eps=1e-4), coarse, directions=40)
     assert 0.5 < found.noise / grain < 2 and found.noise_share > 0.5
-    assert any("drowns" in line for line in advice(found, ZerothOrder([p], eps=1e-4)))
+    assert any("drowns" in line for line in recommendations(found, ZerothOrder([p], eps=1e-4)))
     low, _ = found.eps
-    good = check(ZerothOrder([p], eps=2 * low), coarse, directions=40)
+    good = diagnose(ZerothOrder([p], eps=2 * low), coarse, directions=40)
     assert good.noise_share < 0.25
 
 
 def test_the_check_finds_an_eps_that_leaves_the_linear_range():
     p = nn.Parameter(torch.zeros(50))
     engine = ZerothOrder([p], eps=1.0)
-    found = check(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
+    found = diagnose(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
     assert found.bend > 0.2
-    inside = check(ZerothOrder([p], eps=found.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
+    inside = diagnose(ZerothOrder([p], eps=found.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
     assert inside.bend < 0.15
 
 
 def test_the_check_tells_a_rounding_walk():
     p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
-    found = check(engine, lambda: (p.float() ** 2).sum())
-    assert found.walk > 10 and any("adapters" in line for line in advice(found, engine))
+    found = diagnose(engine, lambda: (p.float() ** 2).sum())
+    assert found.walk > 10 and any("adapters" in line for line in recommendations(found, engine))
 
 
 def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():
@@ -710,8 +712,8 @@ def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():
     tokenizer = AutoTokenizer.from_pretrained(path)
     words = [tokenizer.encode(" terrible"), tokenizer.encode(" great")]
     prompts = [tokenizer.encode(f"{sentence} It was") for sentence, _ in TRAIN]
-    examples = [scoring.Example([p + w for w in words], [1, 1], y) for p, (_, y) in zip(prompts, TRAIN, strict=True)]
-    closure = partial(scoring.loss, model, scoring.pack(examples), True)
+    examples = [packing.Example([p + w for w in words], [1, 1], y) for p, (_, y) in zip(prompts, TRAIN, strict=True)]
+    closure = partial(logprobs.loss, model, packing.pack(examples), True)
     LoRA(model, 1, 16, freeze_a=True)
-    found = {eps: check(ZerothOrder(model, 5e-3, eps, normalize=True, master=True), closure) for eps in (1e-3, 3e-2)}
+    found = {eps: diagnose(ZerothOrder(model, 5e-3, eps, normalize=True, master=True), closure) for eps in (1e-3, 3e-2)}
     assert found[1e-3].noise_share > 0.4 > 0.3 > found[3e-2].noise_share  # 0.45 to 0.6, by the CPU

@@ -1,0 +1,48 @@
+"""TODO cli.machine."""
+
+import ctypes
+import logging
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def keep_pages(keep: bool = True) -> None:
+    """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
+
+    `bench/step.py --default_malloc` shows what it is worth. Where it is not to `keep` it, that costs time and saves
+    memory. Does nothing where there is no glibc.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
+        libc.mallopt(trim_threshold, 1 << 30 if keep else 1 << 16)
+    except (OSError, AttributeError):
+        pass
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX); False where Linux can't tell."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process in MB: allocated on the GPU where there is one, else resident.
+
+    Read from /proc where there is one: `ru_maxrss` of a new process starts at what its parent had.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

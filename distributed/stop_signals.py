@@ -1,0 +1,104 @@
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run after the step at hand, saved, on all ranks at the same step.
+
+A signal reaches one rank (`local_signal`); it counts once all ranks know of it (`agreed_signal`), which the exchange of
+each step tells them. With one process it counts at once. An evaluation is left at once (`interruptible`).
+"""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+
+from distributed import collectives
+from utils import Interrupted
+
+logger = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 75  # exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
+
+
+class StopSignals:
+    """Handlers of the signals that ask a run to stop; used as a context manager.
+
+    A second SIGINT stops at once. The handlers from before are put back at the end.
+
+    Args:
+        on: False installs no handler: signals do what they do without this class.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, on: bool = False):
+        self.on = on
+        self.may_leave_now = False
+        self.previous_handlers = {}
+        self.local_signal = 0  # number of the signal that this rank got last
+        self.agreed_signal: str | None = None  # name of the signal that all ranks know of
+
+    def __enter__(self) -> "StopSignals":
+        if self.on:
+            self.previous_handlers = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame) -> None:
+        if self.local_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.local_signal = number
+        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self._local_name)
+        if collectives.world_size() == 1:  # several ranks agree in the next exchange
+            self.agreed_signal = self._local_name
+        self._leave_if_asked()
+
+    @property
+    def _local_name(self) -> str:
+        return signal.Signals(self.local_signal).name
+
+    def merge(self, local_signals: Sequence[float]) -> None:
+        """Agree on what the ranks have received: of each rank the number of a signal, or 0."""
+        if any(local_signals):
+            self.agreed_signal = signal.Signals(int(max(local_signals))).name
+
+    def check(self) -> None:
+        """Raise Interrupted on all ranks where one of them has been asked to stop; an exchange between ranks."""
+        if self.on and collectives.world_size() > 1:
+            self.merge([number for (number,) in collectives.gather([self.local_signal])])
+        if self.agreed_signal:
+            raise Interrupted(self.agreed_signal)
+
+    def _leave_if_asked(self) -> None:
+        if self.may_leave_now and self.local_signal:
+            raise Interrupted(self._local_name)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by itself."""
+        self.check()
+        if collectives.world_size() == 1:
+            with self._leaving():
+                yield
+            return
+        if self.on:
+            collectives.local_work = self._leaving
+        try:
+            yield
+        finally:
+            collectives.local_work = contextlib.nullcontext
+        if collectives.join_context is not collectives.NO_JOIN:  # which no rank may leave
+            self.check()
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        if collectives.join_context is not collectives.NO_JOIN:
+            yield
+            return
+        try:
+            self.may_leave_now = True
+            if collectives.world_size() > 1:
+                self._leave_if_asked()
+            yield
+        finally:
+            self.may_leave_now = False

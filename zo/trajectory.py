@@ -1,0 +1,57 @@
+"""A run as a file: its seed, and one number a step and query. The seed gives every direction, the number how far the
+weights went along it, so that `run.py --replay FILE` rebuilds them without data and without a forward pass.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class Trajectory:
+    """What a run was: a coefficient for each query and step (NaN: skipped), fp32; `about` says of which run."""
+
+    def __init__(self, coefficients=(), rates=(), about: dict | None = None):
+        self.coefficients = [list(row) for row in coefficients]
+        self.rates = list(rates)  # learning rates, where weights decay
+        self.about = dict(about or {})
+
+    def append(self, coefficients: list[list[float]], rates: list[float], keep_rate: bool) -> None:
+        """Add a step: coefficients of each group, which have to be the same, and the rate where it matters."""
+        if len({tuple(map(str, row)) for row in coefficients}) > 1 or len(set(rates)) > 1:
+            self.about["uneven"] = True
+        self.coefficients.append(coefficients[0])
+        if keep_rate:
+            self.rates.append(rates[0])
+
+    def save(self, path, **about) -> None:
+        """Write the file; raises ValueError where groups had learning rates of their own."""
+        if "uneven" in self.about:
+            raise ValueError("groups with learning rates of their own: a trajectory has one number a step and query")
+        tensors = {"coefficients": torch.tensor(self.coefficients, dtype=torch.float32)}
+        if self.rates:
+            tensors["rates"] = torch.tensor(self.rates, dtype=torch.float64)
+        save_file(tensors, path, metadata={"about": json.dumps({**self.about, **about})})
+
+    @classmethod
+    def load(cls, path) -> "Trajectory":
+        """Raises ValueError where the file is no trajectory."""
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                about = json.loads(file.metadata()["about"])
+                tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+            return cls(tensors["coefficients"], tensors.get("rates", ()), about)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a trajectory: {error}") from error
+
+
+def round_to_fp32(value: float) -> float:
+    """The nearest single-precision number."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
