@@ -3,12 +3,13 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import shared, tiny_model, tiny_tokenizer, write_rows
+from conftest import DATA, tiny_model, tiny_tokenizer, write_rows
 
 import run
 from lora import LoRA
@@ -208,10 +209,13 @@ def test_bad_rows_are_refused_before_the_model_is_looked_at(refused, tmp_path):
     refused(f"--data_dir {tmp_path} --model_name no/such_model", "label is 7")
 
 
-def test_dev_rows_never_come_out_of_the_training_rows(refused):
+def test_dev_rows_never_come_out_of_the_training_rows(refused, tmp_path):
     """WSC has 554 rows; the recipe's 1,000 + 500 would leave 54 to train on."""
+    shutil.copytree(DATA / "WSC", tmp_path / "WSC")
+    rows = (DATA / "WSC" / "train.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "WSC" / "train.jsonl").write_text(rows * 277, encoding="utf-8")
     flags = "--task_name WSC --trainer zo --num_train 1000 --num_dev 500"
-    refused(f"{flags} --data_dir {shared('data')}", "--num_train 1000", "--num_dev 500", "554")
+    refused(f"{flags} --data_dir {tmp_path}", "--num_train 1000", "--num_dev 500", "554")
 
 
 def test_ranks(refused, monkeypatch):

@@ -13,14 +13,13 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import TRAIN, shared, tiny_model, tiny_tokenizer
+from conftest import TRAIN, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import run
 from cli import results, starter
 from lora import LoRA
 from training import checkpoints
-from utils import load_tokenizer
 
 ROOT = Path(run.__file__).parent
 
@@ -459,12 +458,6 @@ def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
     model = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
     expected = tiny_model("llama").state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
-
-
-def test_opt_prompts_start_with_0():
-
-    tokenizer = load_tokenizer(shared("tokenizer-opt"), "opt")
-    assert tokenizer.encode("hello") == [0, 42891]
 
 
 def test_an_adapter_is_merged_without_training(go):
