@@ -110,7 +110,7 @@ class Framework:
         if args.staged and not self.lora_module.xgblora:
             raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
         if args.adapter and self.lora_module:
-            self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
+            self.lora_module.load(args.adapter, args.boosters, keep_current=args.trainer != "none")
         return model
 
     def choose_rows(self, model) -> None:
@@ -294,9 +294,9 @@ class Framework:
         weights = collectives.tensor_fingerprint([*model.parameters()])
         collectives.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
         if lora:
-            lora.forget_whole_weights(device)
+            lora.prepare_for_sharding(device)
         if front:
-            front.place(device)
+            front.set_layer_device(device)
         adapter = lora or front
         sharding.shard_model(model, adapter.parameters() if adapter else (), device)
         self.choose_rows(model)

@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
             y = y + (low @ B.mT).view(y.shape)
         return y.to(dtype)
 
-    def oriented(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """A delta [out, in] as the weight lies."""
         return delta.T if self.fan_in_fan_out else delta
 
@@ -141,7 +141,7 @@ class LoRA:
         self.modules: dict[str, LoRALinear] = {}
         for name in found:
             self.modules[name] = LoRALinear(linear[name], 0, alpha)
-            put(model, name, self.modules[name])
+            model.set_submodule(name, self.modules[name])
         self.lora_modules = list(self.modules.values())
         self.boosters: list[Round] = []
         self.lengths: list[float] = []
@@ -159,9 +159,9 @@ class LoRA:
                 self.sum[name] = torch.zeros(module.weight.shape, dtype=torch.float32)
             size = sum(w.nbytes for tensors in (self.base, self.sum) for w in tensors.values())
             logger.info("XGBLoRA: W0 of %d layers, the sum of the chain: %.0f MB on the host", len(found), size / 1e6)
-        self._fresh()
+        self.start_round()
 
-    def forget_whole_weights(self, device) -> None:
+    def prepare_for_sharding(self, device) -> None:
         """For `--fsdp`: drop the replaced layers (nothing can be put back), bring an ensemble's factors to `device`."""
         self.replaced.clear()
         for module in self.lora_modules:
@@ -170,7 +170,7 @@ class LoRA:
     # ---- the live booster ----
 
     @torch.no_grad()
-    def _fresh(self) -> None:
+    def start_round(self) -> None:
         """A ~ Kaiming-uniform(√5), that is U(−1/√in, 1/√in), from (seed, round, name); B = 0; layers and rank of the
         round."""
         rank = self.ranks[min(self.round, len(self.ranks) - 1)]
@@ -216,7 +216,7 @@ class LoRA:
                 module.deltas = (of_a, next(left).to(device))
 
     @property
-    def live(self) -> Round:
+    def current(self) -> Round:
         """The factors of this round as they stand, copied into one piece of memory: a long chain of small ones would
         litter the heap."""
         active = {name: module for name, module in self.modules.items() if module.r}
@@ -226,12 +226,12 @@ class LoRA:
         shaped = (part.view(p.shape) for part, p in zip(flat.split(sizes), factors, strict=True))
         return {name: Booster(next(shaped), next(shaped), module.scaling) for name, module in active.items()}
 
-    def trained(self) -> bool:
+    def is_trained(self) -> bool:
         """Whether the live booster does anything (B ≠ 0)."""
         return any(bool(module.lora_B.any()) for module in self.lora_modules)
 
     @contextlib.contextmanager
-    def scaled(self, length: float):
+    def scale_current(self, length: float):
         """Show the model the live booster at `length` times its size."""
         scalings = [module.scaling for module in self.lora_modules]
         try:
@@ -243,7 +243,7 @@ class LoRA:
                 module.scaling = scaling
 
     @property
-    def lowest(self) -> tuple[nn.ModuleList, int] | None:
+    def first_adapted_layer(self) -> tuple[nn.ModuleList, int] | None:
         """The decoder layers of the model, and the number of the lowest one that this round adapts; what lies below is
         the same for every perturbation. None where adapted layers don't stand in one numbered list."""
         numbers = {name: layer_number(name) for name, module in self.modules.items() if module.r}
@@ -265,12 +265,12 @@ class LoRA:
         if not self.xgblora:
             logger.warning("merge_and_reinit is only for XGBLoRA; nothing was merged")
             return
-        live = {name: Booster(b.A, b.B, b.scaling * length) for name, b in self.live.items()}
+        live = {name: Booster(b.A, b.B, b.scaling * length) for name, b in self.current.items()}
         self.round += 1
         if length:
             self._append([live], [length])
-            self._show(live)
-        self._fresh()
+            self._write_weights(live)
+        self.start_round()
 
     def _append(self, rounds: list[Round], lengths: list[float]) -> None:
         """Put boosters at the end of the chain and into its fp32 sum, or into the adapter of the ensemble."""
@@ -283,30 +283,30 @@ class LoRA:
                 old = module.chain or (A[:0], B[:, :0])
                 module.chain = (torch.cat([old[0], A]), torch.cat([old[1], B], dim=1))
             for b in () if self.ensemble else (boosters[name] for boosters in own):
-                self.sum[name].add_(module.oriented(b.folded @ b.A))
+                self.sum[name].add_(module.to_weight_layout(b.scaled_B @ b.A))
 
-    def _show(self, changed: Round) -> None:
+    def _write_weights(self, changed: Round) -> None:
         """Round the sum of the chain into the weights of these layers; say what that loses of a booster."""
         lost, size = 0.0, 0.0
         for name in () if self.ensemble else changed:
-            module, exact = self.modules[name], self.exact(name)
+            module, exact = self.modules[name], self.merged_fp32(name)
             rounded = exact.to(module.weight.dtype)
             module.weight.copy_(local_shard(rounded, module.weight))
             if rounded is not exact and changed[name] is not None:
                 lost += float((rounded.float() - exact).square().sum())
-                size += float((changed[name].folded @ changed[name].A).square().sum())
+                size += float((changed[name].scaled_B @ changed[name].A).square().sum())
         if size:
             loss = math.sqrt(lost / size)
             advice = "; --xgblora_ensemble would lose nothing" if loss > 0.1 else ""
             logger.info("XGBLoRA: rounding the merged weights loses %.1f%% of this booster%s", 100 * loss, advice)
 
-    def exact(self, name: str) -> Tensor:
+    def merged_fp32(self, name: str) -> Tensor:
         """W₀ + Σ scaling · Bᵢ Aᵢ of a layer before rounding: fp32, on the host."""
         if not self.ensemble:
             return self.base[name].float() + self.sum[name]
         module = self.modules[name]
         exact = module.weight.float()
-        return (exact if module.chain is None else exact + module.oriented(module.chain[1] @ module.chain[0])).cpu()
+        return (exact if module.chain is None else exact + module.to_weight_layout(module.chain[1] @ module.chain[0])).cpu()
 
     @torch.no_grad()
     def truncate(self, k: int) -> None:
@@ -318,7 +318,7 @@ class LoRA:
             if not self.ensemble:
                 self.sum[name].zero_()
         self._append(*kept)
-        self._show(dict.fromkeys(self.modules))
+        self._write_weights(dict.fromkeys(self.modules))
 
     def staged(self, every: int = 1) -> Iterator[int]:
         """Yield 0, every, 2 · every, … and the length of the chain, while the model shows only so many boosters."""
@@ -328,7 +328,7 @@ class LoRA:
         for k, (booster, length) in enumerate(chain, 1):
             with torch.no_grad():
                 self._append([booster], [length])
-                self._show(dict.fromkeys(self.modules))
+                self._write_weights(dict.fromkeys(self.modules))
             if k % every == 0 or k == len(chain):
                 yield k
 
@@ -338,8 +338,8 @@ class LoRA:
         state = {k: v for k, v in self.model.state_dict().items() if not k.startswith(tuple(ours))}
         with torch.no_grad():
             for name, m in self.modules.items():
-                delta = m.oriented((m.lora_B * m.scaling) @ m.lora_A)
-                exact = self.exact(name).to(delta.device) if self.xgblora else m.weight.float()
+                delta = m.to_weight_layout((m.lora_B * m.scaling) @ m.lora_A)
+                exact = self.merged_fp32(name).to(delta.device) if self.xgblora else m.weight.float()
                 state[f"{name}.weight"] = (exact + delta).to(m.weight.dtype)
         return state
 
@@ -349,7 +349,7 @@ class LoRA:
         for name, module in self.modules.items():
             if name in self.base:
                 module.weight.copy_(self.base[name])
-            put(self.model, name, self.replaced[name])
+            self.model.set_submodule(name, self.replaced[name])
         for name, p in self.model.named_parameters():
             if not p.is_meta:  # offloaded ones are made anew at each call, and may not take it
                 p.requires_grad_(self.trained_before[name])
@@ -358,7 +358,7 @@ class LoRA:
 
     def save_pretrained(self, directory) -> None:
         """Write a PEFT adapter: under XGBLoRA the chain and the live booster as one LoRA, see adapters.py."""
-        self._save(directory, SavedAdapter([*self.boosters, self.live], self.lengths, self.round), self.xgblora)
+        self._save(directory, SavedAdapter([*self.boosters, self.current], self.lengths, self.round), self.xgblora)
 
     def _save(self, directory, saved: SavedAdapter, chain: bool) -> None:
         turned = self.lora_modules[0].fan_in_fan_out
@@ -366,11 +366,11 @@ class LoRA:
 
     def export(self, directory, rank: int) -> float:
         """Write the nearest LoRA of that rank to the chain and the live booster; returns what it lacks, relative."""
-        one, lost = chain.compress([*self.boosters, self.live], rank)
+        one, lost = chain.compress([*self.boosters, self.current], rank)
         self._save(directory, SavedAdapter([one]), chain=False)
         return lost
 
-    def load(self, directory, boosters: int | None = None, live: bool = True) -> None:
+    def load(self, directory, boosters: int | None = None, keep_current: bool = True) -> None:
         """Take the state that `save_pretrained` wrote, bit for bit; under XGBLoRA also an adapter made by PEFT, which
         becomes the first booster. With `boosters`, only so many of a chain, all merged; without `live`, all of it.
         Raises UsageError where it does not fit this model."""
@@ -380,16 +380,16 @@ class LoRA:
         if not self.xgblora and boosters is not None:
             raise UsageError(f"--boosters {boosters}: {directory} has no chain of boosters")
         self.round = saved.round
-        self._fresh()
+        self.start_round()
         fits = {name: len(b.A) for name, b in last.items()} == {n: m.r for n, m in self.modules.items() if m.r}
         if not self.xgblora and not fits:
             rank = len(next(iter(last.values())).A)
             raise UsageError(f"{directory}: an adapter of rank {rank}, but this run has rank {self.ranks[0]}")
-        if self.xgblora and not (live and fits and boosters is None):
+        if self.xgblora and not (keep_current and fits and boosters is None):
             if any(bool(b.B.any()) for b in last.values()):
                 chain, lengths = [*chain, last], [*lengths, 1.0]
                 self.round += 1  # its A is not that of the booster
-                self._fresh()
+                self.start_round()
             last = {}
         if boosters is not None and boosters > len(chain):
             raise UsageError(f"--boosters {boosters}: {directory} has a chain of {len(chain)} boosters")
@@ -401,8 +401,3 @@ class LoRA:
             module.lora_A.data.copy_(booster.A)
             module.lora_B.data.copy_(booster.B)
             module.scaling = booster.scaling
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -60,7 +60,7 @@ class PrefixTuning(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         vocabulary, device = model.config.get_text_config().vocab_size, input_device(model)
         tokens = torch.randint(vocabulary, (1, length), generator=generator)
-        real, self.places = activations_of_tokens(model, tokens.to(device))
+        real, self.layer_devices = activations_of_tokens(model, tokens.to(device))
         self.length, self.reparam, self.shape = length, reparam, (real.shape[0], 2, real.shape[2], real.shape[4])
         self.name = model.config.name_or_path
         size = math.prod(self.shape)
@@ -83,11 +83,11 @@ class PrefixTuning(nn.Module):
     def spread(self, deltas: Sequence[Tensor] | None) -> None:
         self.deltas = deltas
 
-    def place(self, device) -> None:
+    def set_layer_device(self, device) -> None:
         """The layers are on this device from here on."""
-        self.places = [device] * len(self.places)
+        self.layer_devices = [device] * len(self.layer_devices)
 
-    def folded(self) -> Tensor:
+    def prompt_embeddings(self) -> Tensor:
         """[n, length, layers · 2 · heads · D]: what stands in PEFT's `prompt_embeddings`, of each perturbation."""
         shown = [p[None] for p in self.parameters()]
         if self.deltas is not None:
@@ -97,20 +97,20 @@ class PrefixTuning(nn.Module):
         embedding, weight1, bias1, weight2, bias2 = shown
         return torch.tanh(embedding @ weight1 + bias1) @ weight2 + bias2
 
-    def states(self, dtype: torch.dtype) -> Tensor:
+    def keys_and_values(self, dtype: torch.dtype) -> Tensor:
         """[layers, 2, n, heads, length, D]: keys and values."""
-        states = self.folded().unflatten(-1, self.shape)  # [n, length, layers, 2, heads, D]
+        states = self.prompt_embeddings().unflatten(-1, self.shape)  # [n, length, layers, 2, heads, D]
         return states.permute(2, 3, 0, 4, 1, 5).to(dtype)
 
-    def cache(self, dtype: torch.dtype) -> Cache:
+    def shared_cache(self, dtype: torch.dtype) -> Cache:
         """A cache for one forward of any number of rows (of n copies)."""
-        return Cache(layers=[SharedCacheLayer(keys, values) for keys, values in self.states(dtype)])
+        return Cache(layers=[SharedCacheLayer(keys, values) for keys, values in self.keys_and_values(dtype)])
 
-    def growing(self, model, rows: int = 1) -> DynamicCache:
+    def growing_cache(self, model, rows: int = 1) -> DynamicCache:
         """The library's own cache, begun with the prefix in each of so many rows."""
         cache = DynamicCache(config=model.config)
-        for i, (keys, values) in enumerate(self.states(model.dtype)):
-            keys, values = (part.to(self.places[i]).expand(rows, -1, -1, -1) for part in (keys, values))
+        for i, (keys, values) in enumerate(self.keys_and_values(model.dtype)):
+            keys, values = (part.to(self.layer_devices[i]).expand(rows, -1, -1, -1) for part in (keys, values))
             cache.update(keys, values, i)
         return cache
 
@@ -129,7 +129,7 @@ class PrefixTuning(nn.Module):
             "encoder_hidden_size": heads * width, "inference_mode": True,
         }  # fmt: skip
         (directory / peft_files.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        folded = {"prompt_embeddings": self.folded()[0].cpu().contiguous()}
+        folded = {"prompt_embeddings": self.prompt_embeddings()[0].cpu().contiguous()}
         save_file(folded, directory / peft_files.WEIGHTS, metadata={"format": "pt"})
         (directory / EXACT_WEIGHTS).unlink(missing_ok=True)  # of an earlier run
         if self.reparam:

@@ -162,7 +162,7 @@ class OurTrainer(ResumableTrainer):
 
     def below(self, inputs):
         """A context in which the layers below the lowest perturbed one have run already, for all points of a step."""
-        found = self.lora_module.lowest if self.lora_module and self.takes_copies else None
+        found = self.lora_module.first_adapted_layer if self.lora_module and self.takes_copies else None
         if not (found and found[1]):
             return contextlib.nullcontext()
         layers, first = found
@@ -174,7 +174,7 @@ class OurTrainer(ResumableTrainer):
 
     def cache_activations(self, plain: bool) -> None:
         """`--zo_cache_activations`: run the bottom on every training row, once for the whole run."""
-        layers, first = self.lora_module.lowest
+        layers, first = self.lora_module.first_adapted_layer
         ranks = (collectives.rank(), collectives.world_size()) if self.args.shares > 1 else (0, 1)
 
         def fill():
@@ -279,7 +279,7 @@ class OurTrainer(ResumableTrainer):
     def finish(self, keep: Callable[[], int] | None = None) -> None:
         """After the last step: merge the round at hand, keep the first `keep()` boosters, write the trajectory."""
         lora, rounds, last, kept = self.lora_module, round_ends(self.state), 1.0, None
-        if lora and lora.xgblora and lora.trained():
+        if lora and lora.xgblora and lora.is_trained():
             last = self.end_round()
         if keep:
             kept = keep()
@@ -306,7 +306,7 @@ class OurTrainer(ResumableTrainer):
                 self.merge(ends[last])
             elif warmup and self.round_age == warmup:
                 self.train_a()
-        if lora and lora.xgblora and lora.trained():  # the round that was at hand
+        if lora and lora.xgblora and lora.is_trained():  # the round that was at hand
             self.merge(about["last"] if whole else 1.0)
         if whole and about["boosters"] is not None:
             lora.truncate(about["boosters"])

@@ -136,7 +136,7 @@ def side(kind: str, args, dtype: str):
             tokens, cpu = batch["input_ids"].numel(), framework.args.device.type == "cpu"
             n, forward = points_per_forward(tokens, 2, cpu, engine.master, wish), contextlib.nullcontext()
             if kind.startswith("upper"):
-                layers, first = framework.lora_module.lowest
+                layers, first = framework.lora_module.first_adapted_layer
                 if kind == "upper-B":
                     hidden = activation_cache.capture_hidden_states(
                         layers[first], partial(logprobs.loss, model, batch, True)
@@ -221,7 +221,7 @@ def main() -> None:
         cached = sides.get("upper-B-cached")
         if cached:
             made = cached[0]
-            made.store = activation_cache.ActivationCache(made.model, *made.lora_module.lowest, examples, plain=False)
+            made.store = activation_cache.ActivationCache(made.model, *made.lora_module.first_adapted_layer, examples, plain=False)
             examples = made.store.examples
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         if args.peak:

@@ -17,7 +17,7 @@ class Booster:
     scaling: float
 
     @property
-    def folded(self) -> Tensor:
+    def scaled_B(self) -> Tensor:
         """[out, r]: B with the scaling in it."""
         return self.B * self.scaling
 
@@ -28,7 +28,7 @@ Round = dict[str, Booster]  # {module name: its booster}, of the layers that the
 def concat_factors(rounds: Sequence[Round], name: str, fold: bool) -> tuple[Tensor, Tensor]:
     """(A [R, in], B [out, R]) of a layer: its factors in all rounds, with or without scaling in B."""
     own = [boosters[name] for boosters in rounds if name in boosters]
-    return torch.cat([b.A for b in own]), torch.cat([b.folded if fold else b.B for b in own], dim=1)
+    return torch.cat([b.A for b in own]), torch.cat([b.scaled_B if fold else b.B for b in own], dim=1)
 
 
 def compress(rounds: Sequence[Round], rank: int) -> tuple[Round, float]:

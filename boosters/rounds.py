@@ -26,7 +26,7 @@ def line_search(lora, dev_loss: Callable[[], float]) -> tuple[float, float]:
     """(step length of the live booster, dev loss with it); a loss that is NaN is none."""
     best, least = 0.0, math.inf
     for length in STEP_LENGTHS:
-        with lora.scaled(length):
+        with lora.scale_current(length):
             loss = dev_loss()
         if loss < least:
             best, least = length, loss

@@ -56,10 +56,10 @@ def errors(rounds: int) -> None:
                 B = torch.randn(1024, 1)
                 size = float(B.norm() * module.lora_A.detach().norm()) * module.scaling
                 module.lora_B.data.copy_(B * share * float(start.float().norm()) / size)
-                booster = lora.live["proj"]
-                one_by_one += (booster.folded @ booster.A).to(dtype)
-                in_fp32 += booster.folded @ booster.A  # what an ensemble computes with
-                chain += booster.folded.double() @ booster.A.double()
+                booster = lora.current["proj"]
+                one_by_one += (booster.scaled_B @ booster.A).to(dtype)
+                in_fp32 += booster.scaled_B @ booster.A  # what an ensemble computes with
+                chain += booster.scaled_B.double() @ booster.A.double()
                 lora.merge_and_reinit()
             found = [one_by_one.double() - start.double(), module.weight.double() - start.double(), in_fp32.double()]
             lost = [100 * float((f - chain).norm() / chain.norm()) for f in found]

@@ -113,7 +113,7 @@ def generate(
                 capacity = width - shared + max_new_tokens
                 sampling["past_key_values"] = Cache([BufferLayer(capacity, some) for some in kept])
             elif prefix:
-                sampling["past_key_values"] = prefix.growing(model, len(group) * beams)
+                sampling["past_key_values"] = prefix.growing_cache(model, len(group) * beams)
             grown = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling,

@@ -40,12 +40,12 @@ def encode_shared_prefix(model: nn.Module, ids: list[int]) -> Cache:
     forward encodes. The cache serves any number of rows."""
     prefix = trained_prefix(model)
     if not ids:
-        return prefix.cache(model.dtype)
+        return prefix.shared_cache(model.dtype)
     device = input_device(model)
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
     try:
-        grown = prefix.growing(model) if prefix else DynamicCache(config=model.config)
+        grown = prefix.growing_cache(model) if prefix else DynamicCache(config=model.config)
         model(input_ids=torch.tensor([ids], device=device), past_key_values=grown, use_cache=True)
     finally:
         hook.remove()
@@ -60,7 +60,7 @@ def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | No
     """
     ids, columns, prefix = batch["input_ids"], batch["read_column"], trained_prefix(model)
     if prefix and not cache:
-        cache = prefix.cache(model.dtype)
+        cache = prefix.shared_cache(model.dtype)
     cached, front = cache.get_seq_length() if cache else 0, prefix.length if prefix else 0
     if "end" in batch:
         mask = attention_mask(batch["end"], cached, model.dtype).repeat(copies, 1, 1, 1)

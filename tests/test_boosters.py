@@ -77,7 +77,7 @@ def dense(lora, rounds=None) -> dict[str, torch.Tensor]:
     total = {name: torch.zeros(m.weight.shape, dtype=torch.float64) for name, m in lora.modules.items()}
     for boosters in lora.boosters if rounds is None else rounds:
         for name, b in boosters.items():
-            total[name] += lora.modules[name].oriented(b.scaling * b.B.double() @ b.A.double())
+            total[name] += lora.modules[name].to_weight_layout(b.scaling * b.B.double() @ b.A.double())
     return total
 
 
@@ -101,7 +101,7 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
         assert len(adapted) == ((len(c["shapes"]) + 1) // 2 if c["random"] else len(c["shapes"]))
         train_a_bit(lora, i, 0.1)
         before, length = model(x), c["lengths"][i]
-        with lora.scaled(length):
+        with lora.scale_current(length):
             expected = model(x)
         assert torch.equal(model(x), before)
         lora.merge_and_reinit(length)
@@ -112,7 +112,7 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
         module, start = lora.modules[name], pretrained[f"{name}.weight"]
         if c["ensemble"]:
             assert torch.equal(module.weight.double(), start)
-            assert torch.allclose(lora.exact(name).double(), start + delta, atol=1e-5)
+            assert torch.allclose(lora.merged_fp32(name).double(), start + delta, atol=1e-5)
         else:
             error = (module.weight.double() - start - delta).abs()
             assert (error <= half_a_unit(start + delta, c["dtype"], 4 * kept)).all()
@@ -148,7 +148,7 @@ def test_a_saved_chain_is_the_same_bits_again_and_peft_adds_up_to_it(c, tmp_path
             A, B = (tensors[f"{peft_files.PREFIX}{name}.lora_{k}.weight"].double() for k in "AB")
             alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
             assert len(A) == config.get("rank_pattern", {}).get(name, config["r"])
-            assert torch.allclose(lora.modules[name].oriented(alpha / len(A) * B @ A), delta, atol=1e-5)
+            assert torch.allclose(lora.modules[name].to_weight_layout(alpha / len(A) * B @ A), delta, atol=1e-5)
         else:
             assert not delta.any()
 
@@ -250,7 +250,7 @@ def test_an_ensemble_in_bf16_is_nearer_to_the_exact_weights():
     deltas = dense(one)
     for form in (False, True):
         _, lora = boosted("llama", 3, torch.bfloat16, ensemble=form)
-        shown = {n: (lora.exact(n) if form else m.weight).double() for n, m in lora.modules.items()}
+        shown = {n: (lora.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
         errors[form] = sum(
             (shown[n] - start.state_dict()[f"{n}.weight"].double() - deltas[n]).square().sum() for n in shown
         )
@@ -287,7 +287,7 @@ def test_random_layers_are_a_function_of_seed_and_round():
 def test_the_upper_layers_are_those_with_the_highest_numbers(family):
     lora = LoRA(tiny_model(family), 1, 16, xgblora=True, layers="top:1")
     assert {targets.layer_number(name) for name in lora.modules} == {1}
-    assert lora.lowest[1] == 1 and len(lora.lowest[0]) == 2
+    assert lora.first_adapted_layer[1] == 1 and len(lora.first_adapted_layer[0]) == 2
 
 
 @pytest.mark.parametrize("layers", ["top:3", "random:9", "top", "top:0", "some", "random:x"])
@@ -321,10 +321,10 @@ def test_the_first_boosters_of_a_saved_chain(tmp_path, ensemble):
     for k in (0, 3, 5, None):
         model = tiny_model("llama")
         loaded = LoRA(model, 1, 16, xgblora=True, ensemble=ensemble)
-        loaded.load(tmp_path, k, live=False)
-        assert len(loaded.boosters) == (5 if k is None else k) and not loaded.trained()
+        loaded.load(tmp_path, k, keep_current=False)
+        assert len(loaded.boosters) == (5 if k is None else k) and not loaded.is_trained()
     with pytest.raises(UsageError, match="chain of 5"):
-        LoRA(tiny_model("llama"), 1, 16, xgblora=True).load(tmp_path, 6, live=False)
+        LoRA(tiny_model("llama"), 1, 16, xgblora=True).load(tmp_path, 6, keep_current=False)
 
 
 def test_a_live_booster_that_this_round_can_not_train_becomes_part_of_the_chain(tmp_path):
@@ -334,7 +334,7 @@ def test_a_live_booster_that_this_round_can_not_train_becomes_part_of_the_chain(
     model = tiny_model("llama")
     other = LoRA(model, 1, 16, xgblora=True)
     other.load(tmp_path)
-    assert len(other.boosters) == 2 and not other.trained()
+    assert len(other.boosters) == 2 and not other.is_trained()
     assert torch.allclose(logits(model), logits(saved), atol=2e-5)
 
 
@@ -345,7 +345,7 @@ def test_compression_is_the_best_of_its_rank(rank, family, tmp_path):
     left = whole = 0.0
     for name, delta in dense(lora).items():
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
-        best = lora.modules[name].oriented(one[name].B.double() @ one[name].A.double())
+        best = lora.modules[name].to_weight_layout(one[name].B.double() @ one[name].A.double())
         assert torch.allclose(best, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-4 * s[0])
         left, whole = left + s[rank:].square().sum(), whole + s.square().sum()
     assert lost == pytest.approx(math.sqrt(left / whole), abs=1e-6) and (rank < 6 or lost < 1e-6)

@@ -212,7 +212,7 @@ def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(fram
     assert all(torch.equal(m.weight, pretrained[n]) for n, m in made.lora_module.modules.items())
     third = {n: m.lora_A.clone() for n, m in made.lora_module.modules.items()}
     made.lora_module.round = 0
-    made.lora_module._fresh()
+    made.lora_module.start_round()
     assert not any(torch.equal(m.lora_A, third[n]) for n, m in made.lora_module.modules.items())
 
 

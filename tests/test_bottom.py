@@ -37,7 +37,7 @@ def perturbation(lora, n):
 @pytest.mark.parametrize("copies", [None, 2, 3])
 def test_losses_above_what_is_given_are_those_of_whole_forwards(family, copies, plain):
     model, lora = upper(family)
-    layers, first = lora.lowest
+    layers, first = lora.first_adapted_layer
     examples = some_examples(8)
     batch = packing.pack(examples, plain)
     hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
@@ -57,7 +57,7 @@ def test_losses_above_what_is_given_are_those_of_whole_forwards(family, copies, 
 def test_a_stored_row_is_the_same_in_any_pack(family):
     """Rows that share a tree in their batch, and batches in another order, take the states of their own rows."""
     model, lora = upper(family)
-    layers, first = lora.lowest
+    layers, first = lora.first_adapted_layer
     store = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain=False)
     assert any(len(t.reads) > len(x.encodings) for t in packing.build_trees(store.examples) for x in store.examples[:1])
     for some in (store.examples[::-1], store.examples[2:5], store.examples[:1]):
@@ -71,7 +71,7 @@ def test_a_stored_row_is_the_same_in_any_pack(family):
 
 def test_the_lower_layers_run_once_for_all_points(family):
     model, lora = upper(family)
-    layers, first = lora.lowest
+    layers, first = lora.first_adapted_layer
     calls = [0, 0]
     for i, layer in enumerate(layers):
         layer.register_forward_hook(lambda *a, i=i: calls.__setitem__(i, calls[i] + 1))
@@ -84,7 +84,7 @@ def test_the_lower_layers_run_once_for_all_points(family):
 
 
 def test_an_error_inside_leaves_the_model_whole():
-    layers, first = upper("llama")[1].lowest
+    layers, first = upper("llama")[1].first_adapted_layer
     kept = list(layers)
     with pytest.raises(ZeroDivisionError), activation_cache.skip_lower_layers(layers, first, torch.zeros(1, 1, 32)):
         raise ZeroDivisionError
@@ -134,4 +134,4 @@ def test_a_store_that_does_not_fit_is_refused_before_it_is_filled(monkeypatch):
     model, lora = upper("opt")
     monkeypatch.setattr(activation_cache.psutil, "virtual_memory", lambda: namedtuple("M", "available")(0))
     with pytest.raises(UsageError, match="--num_train"):
-        activation_cache.ActivationCache(model, *lora.lowest, some_examples(3), plain=False)
+        activation_cache.ActivationCache(model, *lora.first_adapted_layer, some_examples(3), plain=False)

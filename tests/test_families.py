@@ -231,7 +231,7 @@ def test_layers_below_the_adapted_one_run_once(family):
     model = tiny_model(family)
     lora = LoRA(model, 1, 16, xgblora=True, layers="top:1")
     train_a_bit(lora, 0)
-    layers, first = lora.lowest
+    layers, first = lora.first_adapted_layer
     assert first == len(layers) - 1 == model.config.num_hidden_layers - 1
     plain, calls = not packs(family), []
     store = activation_cache.ActivationCache(model, layers, first, some_examples(6), plain)

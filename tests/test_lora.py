@@ -100,7 +100,7 @@ def test_a_merge_keeps_the_function_and_starts_a_fresh_round(family):
     for module, a in zip(lora.lora_modules, old_a, strict=True):
         assert not module.lora_B.any()
         assert not torch.equal(module.lora_A, a) and module.lora_A.abs().max() <= module.lora_A.shape[1] ** -0.5
-    assert len(lora.boosters) == 1 and not lora.trained()
+    assert len(lora.boosters) == 1 and not lora.is_trained()
 
 
 def test_fresh_a_depends_on_seed_round_and_name_only():

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import prefix
 import trainer
+from boosters import peft_files
 from prefix import PrefixTuning
 from scoring import generate, logprobs, packing
 from scoring.packing import Example
@@ -60,7 +61,7 @@ def close(a, b, absolute=2e-5, relative=1e-5):
 def test_scores_equal_the_plain_computation(family, reparam, beginning):
     model, made = with_prefix(family, reparam)
     examples = some_examples(beginning=beginning)
-    expected = plain_scores(model, examples, made.states(torch.float32))
+    expected = plain_scores(model, examples, made.keys_and_values(torch.float32))
     without = logprobs.score(tiny_model(family), examples)
     assert not close(without, expected, 1e-2)
     assert packing.shared_prefix_len(examples) == beginning
@@ -74,7 +75,7 @@ def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
     with torch.inference_mode():
         expected = model(torch.tensor([ids + text])).logits[0, 5:]
     made = PrefixTuning(model, 5, seed=7)
-    torch.testing.assert_close(plainly(model, text, made.states(torch.float32)), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(plainly(model, text, made.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5)
     examples = [Example([text], [4])]
     logprobs = expected.log_softmax(-1)
     whole = sum(float(logprobs[p - 1, text[p]]) for p in range(16, 20))
@@ -121,7 +122,7 @@ def test_a_zeroth_order_step_is_the_plain_one(family, copies):
 @pytest.mark.parametrize("beginning", [0, 20])
 def test_answers_equal_those_by_hand(family, settings, beginning):
     model, made = with_prefix(family)
-    states, tokenizer, prompts = made.states(torch.float32), tiny_tokenizer(), some_prompts(beginning)[:5]
+    states, tokenizer, prompts = made.keys_and_values(torch.float32), tiny_tokenizer(), some_prompts(beginning)[:5]
     answers = generate.generate(model, tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
     if "num_beams" in settings:  # two beams find no worse a text; that they see the prefix shows against none
         bare = generate.generate(tiny_model(family), tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
@@ -142,7 +143,7 @@ def test_answers_equal_those_by_hand(family, settings, beginning):
 def test_peft_loads_it_and_gives_the_same_logits(family, reparam, tmp_path):
     model, made = with_prefix(family, reparam)
     made.save_pretrained(tmp_path)
-    expected = plainly(model, list(range(9)), made.states(torch.float32))
+    expected = plainly(model, list(range(9)), made.keys_and_values(torch.float32))
     theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     with torch.inference_mode():
         logits = theirs(input_ids=torch.tensor([list(range(9))])).logits[0]
@@ -152,7 +153,7 @@ def test_peft_loads_it_and_gives_the_same_logits(family, reparam, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True))
     folded = PrefixTuning(tiny_model(family), 5)
     folded.load(tmp_path)
-    assert torch.equal(folded.folded(), made.folded())
+    assert torch.equal(folded.prompt_embeddings(), made.prompt_embeddings())
 
 
 def test_a_prefix_made_by_peft_loads(tmp_path):
@@ -165,7 +166,7 @@ def test_a_prefix_made_by_peft_loads(tmp_path):
     with torch.inference_mode():
         expected = theirs(input_ids=torch.tensor([list(range(9))])).logits[0]
     torch.testing.assert_close(
-        plainly(ours, list(range(9)), made.states(torch.float32)), expected, rtol=1e-4, atol=2e-5
+        plainly(ours, list(range(9)), made.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5
     )
 
 
@@ -197,7 +198,7 @@ RUN = "--prefix_tuning --max_steps 6 --output_dir out --save_model --save_steps 
 def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):  # noqa: F811
     result = go(f"{RUN} {more} --num_dev 8")
     assert result["args"]["zo_eps"] == (0.1 if "zo" in more else None) and result["args"]["learning_rate"] == 1e-2
-    files = [prefix.adapters.WEIGHTS] + [prefix.EXACT_WEIGHTS] * ("False" in more)
+    files = [peft_files.WEIGHTS] + [prefix.EXACT_WEIGHTS] * ("False" in more)
     whole = [Path("out", name).read_bytes() for name in files]
     calls, step = [], trainer.OurTrainer.training_step
 
@@ -226,9 +227,9 @@ def test_a_saved_prefix_is_evaluated_and_gone_on_from(go):  # noqa: F811
 
 def test_a_replay_gives_the_same_bits(go):  # noqa: F811
     go(f"{RUN} --trainer zo")
-    before = Path("out", prefix.adapters.WEIGHTS).read_bytes()
+    before = Path("out", peft_files.WEIGHTS).read_bytes()
     go(f"{RUN.replace('dir out', 'dir rebuilt')} --trainer zo --replay out/trajectory.safetensors", result=False)
-    assert Path("rebuilt", prefix.adapters.WEIGHTS).read_bytes() == before
+    assert Path("rebuilt", peft_files.WEIGHTS).read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ALL_FAMILIES)
@@ -237,6 +238,6 @@ def test_every_family_sees_the_prefix_as_it_is(kind):
     plain = not logprobs.supports_packed_rows(bare)
     model, made = with_prefix(kind)
     examples = some_examples(5)
-    expected = plain_scores(model, examples, made.states(torch.float32))
+    expected = plain_scores(model, examples, made.keys_and_values(torch.float32))
     assert not close(logprobs.score(bare, examples, plain=plain), expected, 1e-2)
     assert close(logprobs.score(model, examples, plain=plain), expected)

@@ -138,7 +138,7 @@ class Adapter:
         if self.rng.random() < 0.3:
             (self.folder / peft_files.CHAIN).unlink()
         peft_files.read_lora_config(self.folder)
-        self.lora.load(self.folder, self.rng.choice([None, 1]), live=self.rng.random() < 0.5)
+        self.lora.load(self.folder, self.rng.choice([None, 1]), keep_current=self.rng.random() < 0.5)
 
 
 class Checkpoint:
