@@ -1,171 +1,16 @@
-"""Tiny random models of several families, a byte-level tokenizer and a small task, all made from nothing."""
+"""Fixtures: a tiny model and a small task as directories, runs of `run.py`, a trained Framework."""
 
 import json
 import os
-import random
-from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process a core; tiny models gain nothing from threads
-if not os.environ.get("TESTS_ON_GPU"):  # what most tests compare with lies on the CPU; see test_gpu.py
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
+import support  # noqa: F401 - sets the environment, before torch is imported
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from support.data import TRAIN, write_rows
+from support.models import FAMILIES, tiny_model, tiny_tokenizer
 
-from scoring.packing import Example
-from zo import counter_rng
-
-DATA = Path(__file__).resolve().parent / "data"  # a few real rows of the eleven tasks; see its README.md
-STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parent.parent / "starter"))
-VOCABULARY = 264  # 256 bytes and a few special tokens
-TRAIN = [
-    ("a film of great warmth and wit", 1),
-    ("tedious from the first minute to the last", 0),
-    ("the best thing on a screen this year", 1),
-    ("lifeless, loud and far too long", 0),
-    ("funny, tender, and never once dull", 1),
-    ("a mess without a single idea", 0),
-    ("superb acting in every scene", 1),
-    ("i wanted my money back", 0),
-]
-
-
-def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
-    """A random causal language model with two layers; weights large enough that mistakes show."""
-    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    rotary = {**small, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    opt = {**small, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32}
-    specials = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    made = {
-        "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **specials, **more)),
-        "opt-350m": lambda: OPTForCausalLM(
-            OPTConfig(**{**opt, "word_embed_proj_dim": 16}, do_layer_norm_before=False, **specials, **more)
-        ),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**rotary, **specials, **more)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**rotary, **specials, **more)),
-        "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **specials, **more)
-        ),
-    }
-    if family not in made:
-        return other_model(family, seed, dtype, specials | more)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = made[family]().eval()
-        for p in model.parameters():
-            p.data.add_(torch.randn_like(p) * 0.1)
-    return model.to(dtype)
-
-
-FAMILIES = ["opt", "opt-350m", "llama", "qwen2", "gpt2"]
-
-NAMES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-MLP = {**NAMES, "intermediate_size": 48, "max_position_embeddings": 128}
-GROUPED = {**MLP, "num_key_value_heads": 2}
-GEMMA = {**GROUPED, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}
-GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-FALCON = {**NAMES, "max_position_embeddings": 128}
-# name -> (the library's class, its configuration)
-OTHERS = {
-    "mistral": ("Mistral", {**GROUPED, "sliding_window": None}),
-    "mistral-window": ("Mistral", {**GROUPED, "sliding_window": 8}),
-    "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 3, "sliding_window": None}),
-    "qwen3": ("Qwen3", {**GROUPED, "head_dim": 16}),
-    "gemma": ("Gemma", GEMMA),
-    "gemma2": ("Gemma2", {**GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 16}),
-    "gemma2-window": ("Gemma2", {**GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3": (
-        "Gemma3",
-        {**GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 16, "num_hidden_layers": 3,
-         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    ),
-    "phi": ("Phi", MLP),
-    "phi3": ("Phi3", GROUPED),
-    "stablelm": ("StableLm", {**GROUPED, "use_qkv_bias": True}),
-    "stablelm-parallel": ("StableLm", {**GROUPED, "use_parallel_residual": True, "qk_layernorm": True}),
-    "olmo2": ("Olmo2", GROUPED),
-    "granite": ("Granite", {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
-    "cohere": ("Cohere", {**GROUPED, "logit_scale": 0.5}),
-    "gpt_neox": ("GPTNeoX", MLP),
-    "falcon": ("Falcon", {**FALCON, "multi_query": True}),
-    "falcon-new": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-heads": ("Falcon", {**FALCON, "multi_query": False, "bias": True, "parallel_attn": False}),
-    "falcon-alibi": ("Falcon", {**FALCON, "alibi": True, "multi_query": False, "bias": True, "parallel_attn": False}),
-    "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mpt": ("Mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
-    "gptj": ("GPTJ", {**GPT, "rotary_dim": 4}),
-    "gpt_neo": (
-        "GPTNeo",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8,
-         "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128},
-    ),
-    "gpt_bigcode": ("GPTBigCode", GPT),
-    "codegen": ("CodeGen", {**GPT, "rotary_dim": 4}),
-}  # fmt: skip
-ALL_FAMILIES = FAMILIES + list(OTHERS)
-
-
-def other_model(family: str, seed: int, dtype, more: dict):
-    """A random model of one of `OTHERS`."""
-    name, config = OTHERS[family]
-    made = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    kind, model = (getattr(transformers, part) for part in made)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = model(kind(**config | more)).eval()
-        for p in model.parameters():
-            p.data.add_(torch.randn_like(p) * 0.1)
-    return model.to(dtype)
-
-
-def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token; OPT-like special tokens behind them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>" if bos else None, eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def gaussian(counter: tuple, start: int, count: int) -> torch.Tensor:
-    return counter_rng.direction_range("gaussian", counter, start, count)
-
-
-def some_examples(n=9, seed=0, beginning=0) -> list[Example]:
-    """Random prompts and options; all begin with the same `beginning` tokens, every third one like the one before."""
-    rng = random.Random(seed)
-    words = lambda k: [rng.randrange(256) for _ in range(k)]  # noqa: E731
-    start, prompt, made = words(beginning), [], []
-    for i in range(n):
-        prompt = prompt[:20] + words(9) if i % 3 == 1 else start + words(rng.randint(1, 30))
-        lens = [rng.randint(1, 4) for _ in range(1 + i % 4)]
-        made.append(Example([prompt + words(k) for k in lens], lens, rng.randrange(len(lens))))
-    a, b, c = start + words(12), words(3), words(1)
-    made.append(Example([a + b, a + b + c, a + b, a + c], [3, 4, 3, 1], 1))  # a prefix, twins, one token
-    return made
-
-
-def write_rows(path: Path, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows)))
+import run
+from trainer import OurTrainer
 
 
 @pytest.fixture(scope="session")
@@ -191,8 +36,72 @@ def family(request):
     return request.param
 
 
-def starter(*parts) -> Path:
-    path = STARTER.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"the starter is not there ({path}): run 'make starter'")
-    return path
+@pytest.fixture
+def go(model_dir, data_dir, tmp_path, monkeypatch):
+    """go(flags) -> result of `run.py` in an empty folder; raises AssertionError where it does not end with 0."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(flags: str, model=model_dir, status: int = 0, result: bool = True) -> dict:
+        path = tmp_path / "result.json"
+        common = f"--model_name {model} --data_dir {data_dir} --result_file {path} --disable_tqdm True"
+        common += " --train_as_classification --num_train 16"
+        assert run.main(f"{common} {flags}".split()) == status
+        return json.loads(path.read_text()) if status == 0 and result else {}
+
+    return main
+
+
+@pytest.fixture
+def refused(model_dir, data_dir, tmp_path, monkeypatch, capsys):
+    """refused(flags, *words): `run.py` exits with 2 and its last line holds the words."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(flags: str, *words: str):
+        common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path / 'out'} {flags}"
+        assert run.main(common.split()) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        line = said.splitlines()[-1]
+        assert line.startswith("run.py: error: ")
+        for word in words:
+            assert word in line, line
+
+    return check
+
+
+@pytest.fixture
+def framework(model_dir, data_dir, tmp_path, monkeypatch):
+    """framework(flags) -> a trained Framework, with the batches of its steps in `.seen`."""
+
+    def train(flags: str, rows: int | None = None, dev: int = 0):
+        common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path} --disable_tqdm True"
+        args = run.parse(f"{common} --train_as_classification --logging_steps 1 --seed 7 {flags}".split())
+        task = run.get_task("SST2", str(data_dir))
+        made, seen = run.Framework(args, task), []
+        step = OurTrainer.training_step
+
+        def recording(self, model, inputs, n=None):
+            seen.append({k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)})
+            return step(self, model, inputs, n)
+
+        monkeypatch.setattr(OurTrainer, "training_step", recording)
+        samples = task.sample_subset("train", 0, (rows or 32) + dev)
+        made.train(samples[: rows or 32], made.rows(samples[rows or 32 :]), tmp_path)
+        made.seen = seen
+        return made
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_dir, data_dir):
+    """An empty folder with the flags that all runs share."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rows = [{"q": "ab" * (1 + i % 5), "a": "b"} for i in range(9)]
+    for split in ("train", "validation"):
+        (folder / "own").mkdir(exist_ok=True)
+        (folder / "own" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = os.getcwd()
+    os.chdir(folder)
+    yield f"--model_name {model_dir} --data_dir {data_dir} --disable_tqdm True"
+    os.chdir(before)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora import boosted, logits, train_a_bit
+from support.adapters import boosted, logits, train_a_bit
+from support.models import tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import adapter_bytes, go  # noqa: F401 - a fixture
-from test_trainer import framework  # noqa: F401 - a fixture
+from support.runs import adapter_bytes
 
 from boosters import peft_files
 from cli.arguments import parse
@@ -48,7 +47,7 @@ def keep_only(step: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_resume_and_replay_give_the_same_bytes(go, form):  # noqa: F811
+def test_resume_and_replay_give_the_same_bytes(go, form):
     """In the middle of a round, on the step of a merge, and just after it."""
     flags = f"{ZO} {FORMS[form]}"
     go(flags)
@@ -66,7 +65,7 @@ def test_resume_and_replay_give_the_same_bytes(go, form):  # noqa: F811
 
 
 @pytest.mark.parametrize("form", ["plain", "ranks", "adaptive", "random", "warm-up", "restart"])
-def test_a_regular_run_resumes_with_the_same_bytes(go, form):  # noqa: F811
+def test_a_regular_run_resumes_with_the_same_bytes(go, form):
     more = {
         "plain": "",
         "ranks": "--xgblora_rank_schedule 1,2",
@@ -91,7 +90,7 @@ def entries(trainer, key):
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_the_rank_follows_the_schedule_and_its_last_one_stays(framework, kind):  # noqa: F811
+def test_the_rank_follows_the_schedule_and_its_last_one_stays(framework, kind):
     made = framework(
         f"--trainer {kind} --xgblora --xgblora_rank_schedule 1,2,4 --xgblora_steps_per_iteration 2 --max_steps 8"
     )
@@ -101,7 +100,7 @@ def test_the_rank_follows_the_schedule_and_its_last_one_stays(framework, kind): 
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_only_the_layers_of_a_round_are_trained(framework, kind):  # noqa: F811
+def test_only_the_layers_of_a_round_are_trained(framework, kind):
     made = framework(
         f"--trainer {kind} --xgblora --xgblora_layers random:1 --xgblora_steps_per_iteration 2 --max_steps 8 "
         "--learning_rate 1e-2"
@@ -110,7 +109,7 @@ def test_only_the_layers_of_a_round_are_trained(framework, kind):  # noqa: F811
         assert len(boosters) == 2 and all(bool(b.B.any()) for b in boosters.values())
 
 
-def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkeypatch):  # noqa: F811
+def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkeypatch):
     forgotten, restart = [], ZerothOrder.restart
     monkeypatch.setattr(
         ZerothOrder, "restart", lambda self, forget=False: (forgotten.append(forget), restart(self, forget))[1]
@@ -127,7 +126,7 @@ def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkey
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_a_is_held_for_the_first_steps_of_each_round(framework, kind, monkeypatch):  # noqa: F811
+def test_a_is_held_for_the_first_steps_of_each_round(framework, kind, monkeypatch):
     seen, step = [], OurTrainer.training_step
 
     def watching(self, *args):
@@ -148,7 +147,7 @@ def test_a_is_held_for_the_first_steps_of_each_round(framework, kind, monkeypatc
 
 
 @pytest.mark.parametrize("optim", ["momentum", "adamw"])
-def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, monkeypatch):  # noqa: F811
+def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, monkeypatch):
     states, merge = [], OurTrainer.merge
 
     def watching(self, length):
@@ -162,7 +161,7 @@ def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, 
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_a_schedule_is_global_or_begins_anew_with_each_round(framework, kind):  # noqa: F811
+def test_a_schedule_is_global_or_begins_anew_with_each_round(framework, kind):
     common = (
         f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 --learning_rate 1 --overwrite "
         "--lr_scheduler_type linear"
@@ -194,7 +193,7 @@ ADAPT = (
 
 
 @pytest.mark.parametrize("best", [0.25, 0.5, 1.0, 1.5, 2.0])
-def test_the_line_search_takes_the_best_length(framework, dev_loss, best):  # noqa: F811
+def test_the_line_search_takes_the_best_length(framework, dev_loss, best):
     dev_loss(lambda trainer: (scale(trainer) - best) ** 2 - trainer.state.global_step)
     made = framework(ADAPT, rows=28, dev=4)
     assert made.lora_module.lengths == [best, best]
@@ -202,7 +201,7 @@ def test_the_line_search_takes_the_best_length(framework, dev_loss, best):  # no
     assert [e["step_length"] for e in entries(made.trainer, "step_length")] == [best, best]
 
 
-def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(framework, dev_loss, caplog):  # noqa: F811
+def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(framework, dev_loss, caplog):
     caplog.set_level("INFO")
     dev_loss(lambda trainer: scale(trainer) - trainer.state.global_step)
     made = framework(ADAPT, rows=28, dev=4)
@@ -216,12 +215,12 @@ def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(fram
     assert not any(torch.equal(m.lora_A, third[n]) for n, m in made.lora_module.modules.items())
 
 
-def test_a_loss_of_nan_is_no_length(framework, dev_loss):  # noqa: F811
+def test_a_loss_of_nan_is_no_length(framework, dev_loss):
     dev_loss(lambda trainer: float("nan") if scale(trainer) > 1 else 1 - scale(trainer))
     assert framework(ADAPT, rows=28, dev=4).lora_module.lengths == [1.0, 1.0]
 
 
-def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):  # noqa: F811
+def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):
     """Falls until step 4 of the run and stands still from there: looks every 2 steps."""
     dev_loss(lambda trainer: 5.0 - min(trainer.state.global_step, 4) - 0.1 * (scale(trainer) == 1))
     flags = ADAPT.replace("--xgblora_steps_per_iteration 4", "--xgblora_steps_per_iteration 20") + " --max_steps 9"
@@ -229,7 +228,7 @@ def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):  # noqa:
     assert [e["step"] for e in entries(made.trainer, "step_length")] == [6, 8, 9]
 
 
-def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: F811
+def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):
     made = framework(ADAPT, rows=28, dev=4)
     rows = made.task.sample_subset("train", 0, 32)[28:]
     expected = logprobs.loss(made.model, packing.pack(made.prompts.examples(rows)), True).item()
@@ -242,14 +241,14 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):  # noqa: 
 # ---- what is kept, and how it is looked at ----
 
 
-def test_layers_that_few_rounds_drew_have_the_rank_of_the_export(go):  # noqa: F811
+def test_layers_that_few_rounds_drew_have_the_rank_of_the_export(go):
     flags = "--trainer zo --xgblora --xgblora_layers random:1 --xgblora_steps_per_iteration 1 --max_steps 4"
     result = go(f"{flags} --learning_rate 5e-2 --export_rank 4 --output_dir out")
     exported = go("--trainer none --num_train 0 --adapter out/rank4")  # whole: no layer has more than four boosters
     assert exported["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
-def test_a_round_begins_with_an_a_of_its_own_where_a_live_booster_is_merged_first(go):  # noqa: F811
+def test_a_round_begins_with_an_a_of_its_own_where_a_live_booster_is_merged_first(go):
     flags = "--trainer zo --xgblora --lora_freeze_a --xgblora_steps_per_iteration 2 --learning_rate 5e-2 --save_steps 1"
     go(f"{flags} --max_steps 5 --output_dir out")
     go(f"{flags} --max_steps 1 --adapter out/checkpoint-5 --boosters 3 --output_dir more")
@@ -258,7 +257,7 @@ def test_a_round_begins_with_an_a_of_its_own_where_a_live_booster_is_merged_firs
     assert len(rows) == len(set(rows)) == 4
 
 
-def test_the_best_prefix_on_dev_is_kept(go, caplog):  # noqa: F811
+def test_the_best_prefix_on_dev_is_kept(go, caplog):
     caplog.set_level("INFO")
     result = go(f"{ZO} --xgblora_best --num_dev 8 --metric loss --learning_rate 500")["sets"][0]
     kept = Trajectory.load("out/trajectory.safetensors").about["boosters"]
@@ -271,7 +270,7 @@ def stage_losses(text):
     return [float(r[2]) for r in rows if len(r) >= 3 and r[0].isdigit() and r[1].replace(".", "").isdigit()]
 
 
-def test_staged_results_of_a_run_and_of_its_adapter_agree(go):  # noqa: F811
+def test_staged_results_of_a_run_and_of_its_adapter_agree(go):
     ran = go(f"{ZO} --staged 1")["sets"][0]["staged"]
     assert [s["boosters"] for s in ran] == [0, 1, 2, 3] and Path("result.png").exists()
     saved = go("--trainer none --num_train 0 --adapter out --staged 2")
@@ -283,7 +282,7 @@ def test_staged_results_of_a_run_and_of_its_adapter_agree(go):  # noqa: F811
     assert ensemble["loss"] == pytest.approx(ran[2]["loss"], abs=1e-5)
 
 
-def test_a_compressed_chain_is_an_adapter_of_its_rank(go):  # noqa: F811
+def test_a_compressed_chain_is_an_adapter_of_its_rank(go):
     result = go(f"{ZO} --export_rank 3 --learning_rate 5e-2")
     config = json.loads(Path("out/rank3/adapter_config.json").read_text())
     assert config["r"] == 3
@@ -292,7 +291,7 @@ def test_a_compressed_chain_is_an_adapter_of_its_rank(go):  # noqa: F811
     assert go("--trainer none --num_train 0 --adapter small/rank1")["loss"] != pytest.approx(result["loss"], abs=1e-6)
 
 
-def test_training_goes_on_from_a_chain(go):  # noqa: F811
+def test_training_goes_on_from_a_chain(go):
     go(ZO)
     result = go(f"{ZO} --adapter out --output_dir more")["sets"][0]
     assert result["boosters"] == 6
@@ -318,13 +317,13 @@ def test_training_goes_on_from_a_chain(go):  # noqa: F811
         ("--export_rank 0", "at least 1"),
     ],
 )
-def test_what_can_not_be_is_refused_in_a_line(go, capsys, flags, message):  # noqa: F811
+def test_what_can_not_be_is_refused_in_a_line(go, capsys, flags, message):
     go(f"{ZO} {flags}", status=2)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("run.py: error")
 
 
-def test_what_belongs_to_boosting_needs_it(go, capsys):  # noqa: F811
+def test_what_belongs_to_boosting_needs_it(go, capsys):
     plain = "--trainer zo --lora --max_steps 2 --output_dir out"
     for flag in ("--xgblora_adaptive", "--xgblora_best", "--xgblora_rank_schedule 1,2", "--xgblora_a_warmup 1",
                  "--xgblora_restart_lr", "--xgblora_ensemble", "--staged 1", "--xgblora_layers random:1"):  # fmt: skip
@@ -333,7 +332,7 @@ def test_what_belongs_to_boosting_needs_it(go, capsys):  # noqa: F811
     go(f"{plain} --xgblora_layers top:1 --zo_cache_activations")  # a LoRA may have layers of its own
 
 
-def test_a_recipe_sets_what_no_flag_has_set(go):  # noqa: F811
+def test_a_recipe_sets_what_no_flag_has_set(go):
     args = parse(["--trainer", "zo", "--recipe", "fast"])
     assert (args.xgblora, args.lora_freeze_a, args.zo_normalize, args.zo_cache_activations) == (True,) * 4
     assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 1e-2)

@@ -5,9 +5,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-from conftest import some_examples, tiny_model, tiny_tokenizer
-from test_lora import train_a_bit
-from test_run import adapter_bytes, go  # noqa: F401 - a fixture
+from support.adapters import train_a_bit
+from support.models import tiny_model, tiny_tokenizer
+from support.references import some_examples
+from support.runs import adapter_bytes
 
 from lora import LoRA
 from scoring import logprobs, packing
@@ -98,7 +99,7 @@ def logs(path="out"):
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "qwen2", "gpt2"])
-def test_a_cached_run_is_the_run_without_a_cache(go, family, tmp_path):  # noqa: F811
+def test_a_cached_run_is_the_run_without_a_cache(go, family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / family)
     tiny_tokenizer().save_pretrained(tmp_path / family)
     go(CACHED, model=tmp_path / family)
@@ -108,7 +109,7 @@ def test_a_cached_run_is_the_run_without_a_cache(go, family, tmp_path):  # noqa:
 
 
 @pytest.mark.parametrize("dtype", ["", "--load_bfloat16"])
-def test_a_cached_run_resumes_with_the_same_bits(go, dtype):  # noqa: F811
+def test_a_cached_run_resumes_with_the_same_bits(go, dtype):
     flags = f"{CACHED} --zo_cache_activations {dtype}"
     go(flags)
     expected = adapter_bytes()
@@ -121,7 +122,7 @@ def test_a_cached_run_resumes_with_the_same_bits(go, dtype):  # noqa: F811
     assert adapter_bytes() == expected
 
 
-def test_the_size_is_told_and_too_much_is_refused(go, caplog, monkeypatch, capsys):  # noqa: F811
+def test_the_size_is_told_and_too_much_is_refused(go, caplog, monkeypatch, capsys):
     caplog.set_level("INFO")
     go(f"{CACHED} --zo_cache_activations")
     assert "16 rows" in caplog.text and "MB on the host" in caplog.text

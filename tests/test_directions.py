@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import gaussian
 from scipy.stats import kstest
+from support.references import gaussian
 
 from zo import counter_rng
 from zo.counter_rng import direction_range, direction_rows, stochastic_round

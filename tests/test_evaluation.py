@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, tiny_model, tiny_tokenizer
+from support.data import TRAIN
+from support.models import tiny_model, tiny_tokenizer
 
 import run
 from cli import results

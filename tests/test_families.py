@@ -14,12 +14,18 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ALL_FAMILIES, some_examples, tiny_model, tiny_tokenizer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from test_generation import plain_answers, some_prompts
-from test_lora import boosted, logits, train_a_bit
-from test_scoring import assert_close, plain_scores
-from test_zo import loss_at, perturbed
+from support.adapters import boosted, logits, train_a_bit
+from support.models import ALL_FAMILIES, tiny_model, tiny_tokenizer
+from support.references import (
+    assert_close,
+    loss_at,
+    perturbed,
+    plain_answers,
+    plain_scores,
+    some_examples,
+    some_prompts,
+)
 from transformers import AutoModelForCausalLM
 
 from cli import load_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_parallel import ONE, OWN, alone, close, finish, flags, free_port, launch, losses, place  # noqa: F401
+from support.ranks import ONE, OWN, alone, close, finish, flags, free_port, launch, losses
 
 from distributed import stop_signals
 from training import checkpoints
@@ -33,7 +33,7 @@ FILES = {"lora": "adapter_model", "boost": "boosters", "half": "boosters", "pref
 
 
 @pytest.fixture(scope="module")
-def two(place):  # noqa: F811
+def two(place):
     """{name: (exit status, what it said) of each rank} of all runs of two ranks."""
     alone(place, "grown", f"{FULL} --max_steps 2 {ONE}")
     plan = {name: (f"{more} --fsdp full_shard", None) for name, more in SAME.items()}
@@ -59,7 +59,7 @@ def best_step(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", list(SAME))
-def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):  # noqa: F811
+def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):
     assert [status for status, _ in two[name]] == [0, 0], two[name]
     alone(place, f"{name}-1", f"{SAME[name]} {ONE}")
     digits = 2e-2 if name == "half" else 1e-4
@@ -79,7 +79,7 @@ def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):  # noqa
     "mishap, words, saved",
     [("death", "another rank died", [2, 4]), ("out of memory in an evaluation", "rank 1: error: out of memory", [2])],
 )
-def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):  # noqa: F811
+def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):
     name = mishap.split()[0]
     plan = [(flags(place, name, f"{SAME['full']} --fsdp"), mishap)]
     said = finish(launch(f"{name}.json", plan, "--nproc_per_node", "2", "--master_port", free_port()))
@@ -88,7 +88,7 @@ def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, 
     assert [path.name for path in checkpoints.list_checkpoints(name)] == [f"checkpoint-{n}" for n in saved]
 
 
-def test_one_process_and_two_ranks_go_on_from_each_other(place, two):  # noqa: F811
+def test_one_process_and_two_ranks_go_on_from_each_other(place, two):
     statuses = [status for name in ("grown", "shrunk", "evaluating") for status, _ in two[name]]
     assert statuses == [0, 0, *[stop_signals.EXIT_REQUEUE] * 4]
     assert "going on from grown/checkpoint-2" in two["grown"][0][1]

@@ -1,34 +1,11 @@
 """Generated answers equal those of one prompt at a time, whatever the batch and the cache."""
 
-import random
-
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from support.models import tiny_model, tiny_tokenizer
+from support.references import plain_answers, some_prompts
 
 from scoring import generate
-
-
-@torch.inference_mode()
-def plain_answers(model, prompts, new, stop="\n") -> list[str]:
-    """Greedy search by hand: the whole text goes through the model for every token."""
-    tokenizer, answers = tiny_tokenizer(), []
-    for prompt in prompts:
-        ids, text = list(prompt), ""
-        while len(ids) - len(prompt) < new and stop not in text:
-            token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
-            if token == tokenizer.eos_token_id:
-                break
-            ids.append(token)
-            text = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-        answers.append(text.split(stop)[0].strip())
-    return answers
-
-
-def some_prompts(beginning: int) -> list[list[int]]:
-    rng = random.Random(0)
-    start = [rng.randrange(256) for _ in range(beginning)]
-    return [start + [rng.randrange(256) for _ in range(rng.randint(1, 30))] for _ in range(9)]
 
 
 @pytest.mark.parametrize("beginning", [0, 40])

@@ -7,7 +7,7 @@ import json
 
 import datasets
 import pytest
-from conftest import DATA
+from support.data import DATA
 
 from tasks import get_task
 from utils import encode_prompt, load_tokenizer

@@ -6,37 +6,13 @@ import math
 import peft
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from support.adapters import IDS, boosted, logits, train_a_bit
+from support.models import tiny_model
 from torch import nn
 
 from lora import LoRA, LoRALinear
 from utils import UsageError
-
-IDS = torch.arange(24).view(2, 12) * 7 % 250
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits.float()
-
-
-def train_a_bit(lora, seed, scale=0.05):
-    """Stand-in for a round of training: random A and B."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in lora.lora_modules:
-            module.lora_A.add_(torch.randn(module.lora_A.shape, generator=generator) * scale)
-            module.lora_B.add_(torch.randn(module.lora_B.shape, generator=generator) * scale)
-
-
-def boosted(family, rounds=3, dtype=torch.float32, **more):
-    model = tiny_model(family, dtype=dtype)
-    lora = LoRA(model, r=1, alpha=16, xgblora=True, **more)
-    for i in range(rounds):
-        train_a_bit(lora, i)
-        lora.merge_and_reinit()
-    return model, lora
 
 
 def test_injection_leaves_the_function_unchanged(family):

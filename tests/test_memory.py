@@ -6,8 +6,9 @@ import logging
 import psutil
 import pytest
 import torch
-from conftest import some_examples, tiny_model
-from test_run import write_gguf
+from support.models import tiny_model
+from support.references import some_examples
+from support.runs import write_gguf
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 import run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import gaussian, tiny_model
-from test_run import go  # noqa: F401 - a fixture
+from support.models import tiny_model
+from support.references import gaussian
 
 import run
 from lora import LoRA
@@ -112,7 +112,7 @@ def test_b_alone_with_merges_is_lozo_of_rank_1(rounds):
 
 
 @pytest.mark.parametrize("flags", ["--zo_method fzoo --zo_queries 3", "--zo_method ar1-zo"])
-def test_resume_and_replay_come_for_nothing(go, flags):  # noqa: F811
+def test_resume_and_replay_come_for_nothing(go, flags):
     go(f"{LORA} {flags}")
     expected = adapter_model()
     for path in Path("out").glob("checkpoint-[67]"):
@@ -129,7 +129,7 @@ def adapter_model(path="out"):
     return (Path(path) / "adapter_model.safetensors").read_bytes()
 
 
-def test_what_a_method_needs_is_asked_for(go, capsys):  # noqa: F811
+def test_what_a_method_needs_is_asked_for(go, capsys):
     go("--trainer zo --max_steps 2 --zo_method ar1-zo", status=2)
     assert "A and B" in capsys.readouterr().err
     go("--trainer zo --lora --lora_freeze_a --max_steps 2 --zo_method ar1-zo", status=2)
@@ -141,7 +141,7 @@ def test_fzoo_skips_a_step_whose_losses_are_no_numbers():
     assert FZOO(2).projected([0.5, 0.6, 0.6], 1e-2) == [0.0, 0.0]
 
 
-def test_the_method_of_the_documents_runs_and_is_fzoo(go, tmp_path):  # noqa: F811
+def test_the_method_of_the_documents_runs_and_is_fzoo(go, tmp_path):
     text = (ROOT / "docs" / "NEW_METHOD.md").read_text()
     (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     go(f"{LORA} --zo_method fzoo --zo_queries 3")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import some_examples, tiny_model, tiny_tokenizer
-from test_run import go  # noqa: F401
+from support.models import tiny_model, tiny_tokenizer
+from support.references import some_examples
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cli import load_model
@@ -56,7 +56,7 @@ def test_a_streamed_step_of_the_head_equals_the_plain_one():
 
 
 @pytest.mark.parametrize("trainer", ["zo", "regular"])
-def test_an_untied_head_is_saved_and_loads(go, trainer, tmp_path):  # noqa: F811
+def test_an_untied_head_is_saved_and_loads(go, trainer, tmp_path):
     tied = tiny_model("llama", tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
     tiny_tokenizer().save_pretrained(tmp_path / "tied")
@@ -98,7 +98,7 @@ def test_a_probe_separates_what_can_be_separated():
         linear_probe.LinearProbe(states[:9], [1] * 9)
 
 
-def test_linear_probing_from_the_command_line(go):  # noqa: F811
+def test_linear_probing_from_the_command_line(go):
     for flags in ("--linear_probing", "--linear_probing --trainer regular --lp_early_stopping --num_dev 8"):
         result = go(flags.replace("--num_dev", "--output_dir out --num_dev"))
         assert result["args"]["trainer"] in ("none", "regular") and result["forward_passes"] == 0
@@ -117,7 +117,7 @@ def test_objectives():
         metrics.find_metric("bleu")
 
 
-def test_steps_raise_the_accuracy_or_a_function_of_ones_own(go, tmp_path):  # noqa: F811
+def test_steps_raise_the_accuracy_or_a_function_of_ones_own(go, tmp_path):
     run = "--trainer zo --lora --max_steps 4 --logging_steps 2 --output_dir {} --train_as_classification False"
     go(f"{run.format('a')} --objective accuracy --zo_eps 1")
     history = json.loads(Path("a", "checkpoint-4", "trainer_state.json").read_text())["log_history"]
@@ -136,7 +136,7 @@ def test_steps_raise_the_accuracy_or_a_function_of_ones_own(go, tmp_path):  # no
     go(f"{run.format('d')} --objective f1", status=2)
 
 
-def test_f1_of_generated_answers_is_an_objective(go, tmp_path):  # noqa: F811
+def test_f1_of_generated_answers_is_an_objective(go, tmp_path):
     row = {"id": "0", "title": "T", "context": "It is red.", "question": "What is it?"}
     for split in ("train", "validation"):
         rows = [{**row, "id": str(i), "answers": {"text": ["red"], "answer_start": [6]}} for i in range(24)]
@@ -214,7 +214,7 @@ def test_losses_and_gradients_on_a_quantised_base(big_enough, bits):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("flags", ["--load_int8", "--load_int4"])
-def test_adapters_train_on_a_quantised_base(go, big_enough, flags):  # noqa: F811
+def test_adapters_train_on_a_quantised_base(go, big_enough, flags):
     common = f"{flags} --max_steps 4 --output_dir {{}} --save_model"
     boost = f"--trainer zo --xgblora --xgblora_ensemble --xgblora_steps_per_iteration 2 {common.format('boosted')}"
     result = go(f"{boost} --learning_rate 1e-2", model=big_enough)
@@ -238,7 +238,7 @@ def test_a_merge_into_quantised_weights_is_refused_with_the_way_out(big_enough):
 
 
 @pytest.mark.parametrize("mode", ["", "--lora", "--xgblora --xgblora_steps_per_iteration 2"])
-def test_gradient_checkpointing_and_bf16_train_the_same(go, mode):  # noqa: F811
+def test_gradient_checkpointing_and_bf16_train_the_same(go, mode):
     run = f"--trainer regular {mode} --max_steps 4 --learning_rate 1e-3 --save_model"
     losses = [
         go(f"{run} {more} --output_dir {i}")["loss"]

@@ -77,7 +77,8 @@ def check() -> None:
 
 def check_engine(device: str) -> None:
     """Losses and updates of a whole step, in fp32, with and without kernels; several queries and weight decay too."""
-    from conftest import some_examples, tiny_model
+    from support.models import tiny_model
+    from support.references import some_examples
 
     for family, queries in (("llama", 1), ("gpt2", 2)):
         found = []

@@ -1,18 +1,15 @@
 """Several ranks take the steps of one process: same trajectory, one writer, and an end when one of them is lost."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import some_examples
 from safetensors.torch import load_file
-from test_run import adapter_bytes
+from support.ranks import ONE, OWN, alone, close, finish, flags, free_port, launch, losses
+from support.references import some_examples
+from support.runs import adapter_bytes
 
 import run
 from distributed import collectives, data_parallel, stop_signals
@@ -27,7 +24,6 @@ BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 6 --max_steps 20 --train_
 SHORT = BOOST.replace("20", "9")
 STOPS = f"{SHORT} --save_on_interrupt --num_dev 8 --eval_strategy steps --eval_steps 2 --save_steps 4"
 ADAPTIVE = "--xgblora_adaptive --xgblora_patience 3 --num_dev 8 --eval_strategy steps --eval_steps 4 --save_steps 4"
-OWN = "--data_dir own --task_name own --template {q}_Answer: --answer_column a --max_new_tokens 4 --num_train 0"
 # name of the output directory -> (flags of two ranks, those of one process that are others)
 SAME = {
     "boost": (BOOST, ""),
@@ -43,52 +39,6 @@ SAME = {
 }
 PROBE = "--linear_probing --num_train 16 --train_set_seed 0"
 SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
-ONE = "--per_device_train_batch_size 8"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, model_dir, data_dir):
-    """An empty folder with the flags that all runs share."""
-    folder = tmp_path_factory.mktemp("ranks")
-    rows = [{"q": "ab" * (1 + i % 5), "a": "b"} for i in range(9)]
-    for split in ("train", "validation"):
-        (folder / "own").mkdir(exist_ok=True)
-        (folder / "own" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = os.getcwd()
-    os.chdir(folder)
-    yield f"--model_name {model_dir} --data_dir {data_dir} --disable_tqdm True"
-    os.chdir(before)
-
-
-def flags(place: str, name: str, more: str) -> list[str]:
-    words = f"{place} --output_dir {name} --result_file {name}.json --predictions {name}.jsonl {more}".split()
-    return [word.replace("_Answer", " Answer") for word in words]
-
-
-def alone(place: str, name: str, more: str, status: int = 0) -> None:
-    assert run.main(flags(place, name, more)) == status
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
-def launch(plan: str, lines: list, *words: str, **environment) -> subprocess.Popen:
-    """A process that runs the lines of a plan: (flags, mishap); under torchrun, where there are `words` for it."""
-    Path(plan).write_text(json.dumps(lines))
-    command = [sys.executable, *(["-m", "torch.distributed.run", *words] if words else [])]
-    command += [str(ROOT / "tests" / "ranks.py"), plan]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    try:
-        return process.communicate(timeout=500)[0]
-    finally:
-        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -144,16 +94,6 @@ def weights(name: str, file: str = "boosters") -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
-
-
-def losses(name: str) -> list[dict]:
-    last = checkpoints.list_checkpoints(name)[-1]
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry or "eval_loss" in entry or "step_length" in entry]
-
-
-def close(a, b, digits: float = 2e-5) -> bool:
-    return a == pytest.approx(b, rel=digits, abs=digits)
 
 
 @pytest.mark.parametrize("name", list(SAME))

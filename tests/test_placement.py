@@ -13,10 +13,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_execution_device_hook
-from conftest import some_examples, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
-from test_refusals import refused  # noqa: F401 - a fixture
-from test_run import BOOST, ZO, adapter_bytes, go  # noqa: F401 - a fixture
+from support.models import tiny_model, tiny_tokenizer
+from support.references import some_examples
+from support.runs import BOOST, ZO, adapter_bytes
 
 import utils
 from lora import LoRA
@@ -49,18 +49,18 @@ def device_map(folder, places):
     return f"--device_map {path}"
 
 
-def scores(go, flags):  # noqa: F811
+def scores(go, flags):
     go(f"{flags} --predictions said.jsonl")
     return torch.tensor([json.loads(line)["scores"] for line in Path("said.jsonl").read_text().splitlines()])
 
 
 @pytest.mark.parametrize("shots", ["--num_train 0", "--num_train 8 --train_set_seed 1"])
-def test_scores_do_not_depend_on_the_place_of_the_layers(go, placed, shots):  # noqa: F811
+def test_scores_do_not_depend_on_the_place_of_the_layers(go, placed, shots):
     assert torch.equal(scores(go, f"{shots} {placed}"), scores(go, shots))
 
 
 @pytest.mark.parametrize("mode", ["--lora", "--lora --xgblora_layers top:1 --zo_cache_activations --zo_batched on"])
-def test_a_run_with_adapters_is_the_same_run(go, placed, mode):  # noqa: F811
+def test_a_run_with_adapters_is_the_same_run(go, placed, mode):
     def trained(flags, out):
         go(f"{ZO} {mode} {flags}".replace("--output_dir out", f"--output_dir {out}"))
         return (Path(out) / "adapter_model.safetensors").read_bytes()
@@ -68,7 +68,7 @@ def test_a_run_with_adapters_is_the_same_run(go, placed, mode):  # noqa: F811
     assert trained(placed, "spread") == trained("", "one")
 
 
-def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):  # noqa: F811
+def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):
     spread, one = (f"{BOOST} --xgblora_ensemble".replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
     there = scores(go, f"{spread} {on_disk}")
     assert torch.equal(there, scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
@@ -81,7 +81,7 @@ def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):  # 
     )
 
 
-def test_a_prefix_is_the_same_run(go, on_disk):  # noqa: F811
+def test_a_prefix_is_the_same_run(go, on_disk):
     def trained(flags, out):
         go(f"{ZO} --prefix_tuning {flags}".replace("--output_dir out", f"--output_dir {out}"))
         return (Path(out) / "adapter_model.safetensors").read_bytes()
@@ -90,7 +90,7 @@ def test_a_prefix_is_the_same_run(go, on_disk):  # noqa: F811
     assert torch.equal(scores(go, f"--adapter spread {on_disk}"), scores(go, "--adapter one"))
 
 
-def test_layers_that_keep_their_weights_are_merged(go, tmp_path):  # noqa: F811
+def test_layers_that_keep_their_weights_are_merged(go, tmp_path):
     there = device_map(tmp_path, ["disk", "cpu", "cpu", "cpu", "cpu", "disk"])  # no target layer is offloaded
     spread, one = (BOOST.replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
     assert torch.equal(scores(go, f"{spread} {there}"), scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
@@ -126,7 +126,7 @@ def test_a_prefix_generates_offloaded():
     assert found[0] == found[1]
 
 
-def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, on_disk, model_dir, tmp_path):  # noqa: F811
+def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, on_disk, model_dir, tmp_path):
     old = shutil.copytree(model_dir, tmp_path / "old")
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
@@ -136,7 +136,7 @@ def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, 
     assert list((tmp_path / "put").glob("*.safetensors"))
 
 
-def test_a_map_of_one_place(go, tmp_path):  # noqa: F811
+def test_a_map_of_one_place(go, tmp_path):
     scored = [scores(go, "--trainer zo --lora --max_steps 2 --zo_check --overwrite")]
     for place in ("cpu", "disk"):
         (tmp_path / "one.json").write_text(json.dumps({"": place}))
@@ -183,17 +183,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_needs_weights_that_are_there_is_refused(refused, on_disk, flags):  # noqa: F811
+def test_what_needs_weights_that_are_there_is_refused(refused, on_disk, flags):
     refused(f"{flags} --max_steps 2 {on_disk}", *REFUSED[flags])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"": true}', '{"": -1}', '{"": null}'])
-def test_a_file_that_is_no_map_is_refused(refused, tmp_path, text):  # noqa: F811
+def test_a_file_that_is_no_map_is_refused(refused, tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     refused(f"--device_map {tmp_path / 'bad.json'}", "--device_map", "bad.json")
 
 
-def test_other_refusals(refused, tmp_path, monkeypatch):  # noqa: F811
+def test_other_refusals(refused, tmp_path, monkeypatch):
     refused("--device_map nowhere.json", "--device_map nowhere.json", "auto")
     refused("--offload_folder here", "--offload_folder", "--device_map")
     refused(f"{device_map(tmp_path, ['cpu', 'cpu', 'cpu', 'cpu', 'cpu', 'nonsense'])}", "nonsense")
@@ -201,5 +201,5 @@ def test_other_refusals(refused, tmp_path, monkeypatch):  # noqa: F811
     refused("--device_map auto", "--device_map", "torchrun")
 
 
-def test_auto_leaves_a_model_whole_that_fits(go):  # noqa: F811
+def test_auto_leaves_a_model_whole_that_fits(go):
     assert torch.equal(scores(go, "--num_train 0 --device_map auto"), scores(go, "--num_train 0"))

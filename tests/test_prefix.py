@@ -5,9 +5,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ALL_FAMILIES, some_examples, tiny_model, tiny_tokenizer
-from test_generation import some_prompts
-from test_run import go  # noqa: F401
+from support.models import ALL_FAMILIES, tiny_model, tiny_tokenizer
+from support.references import some_examples, some_prompts
 from transformers import DynamicCache
 
 import prefix
@@ -195,7 +194,7 @@ RUN = "--prefix_tuning --max_steps 6 --output_dir out --save_model --save_steps 
 
 
 @pytest.mark.parametrize("more", ["--trainer zo", "--trainer zo --no_reparam False", "--trainer regular"])
-def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):  # noqa: F811
+def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):
     result = go(f"{RUN} {more} --num_dev 8")
     assert result["args"]["zo_eps"] == (0.1 if "zo" in more else None) and result["args"]["learning_rate"] == 1e-2
     files = [peft_files.WEIGHTS] + [prefix.EXACT_WEIGHTS] * ("False" in more)
@@ -215,7 +214,7 @@ def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):  # noqa: F811
     assert [Path("out", name).read_bytes() for name in files] == whole
 
 
-def test_a_saved_prefix_is_evaluated_and_gone_on_from(go):  # noqa: F811
+def test_a_saved_prefix_is_evaluated_and_gone_on_from(go):
     trained = go(f"{RUN} --trainer zo --learning_rate 1")
     bare = go("--trainer none --num_train 0")
     loaded = go("--trainer none --num_train 0 --adapter out")
@@ -225,7 +224,7 @@ def test_a_saved_prefix_is_evaluated_and_gone_on_from(go):  # noqa: F811
         go(f"{flags} --adapter out --output_dir other", status=2)
 
 
-def test_a_replay_gives_the_same_bits(go):  # noqa: F811
+def test_a_replay_gives_the_same_bits(go):
     go(f"{RUN} --trainer zo")
     before = Path("out", peft_files.WEIGHTS).read_bytes()
     go(f"{RUN.replace('dir out', 'dir rebuilt')} --trainer zo --replay out/trajectory.safetensors", result=False)

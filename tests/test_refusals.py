@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DATA, tiny_model, tiny_tokenizer, write_rows
+from support.data import DATA, write_rows
+from support.models import tiny_model, tiny_tokenizer
 
 import run
 from lora import LoRA
@@ -18,24 +19,6 @@ from utils import UsageError
 
 ROOT = Path(run.__file__).parent
 GOOD = [("fine", 1), ("poor", 0), ("good", 1), ("bad", 0)]
-
-
-@pytest.fixture
-def refused(model_dir, data_dir, tmp_path, monkeypatch, capsys):
-    """refused(flags, *words): `run.py` exits with 2 and its last line holds the words."""
-    monkeypatch.chdir(tmp_path)
-
-    def check(flags: str, *words: str):
-        common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path / 'out'} {flags}"
-        assert run.main(common.split()) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        line = said.splitlines()[-1]
-        assert line.startswith("run.py: error: ")
-        for word in words:
-            assert word in line, line
-
-    return check
 
 
 FLAGS = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from test_run import BOOST, adapter_bytes, go  # noqa: F401 - a fixture
+from support.models import tiny_model, tiny_tokenizer
+from support.runs import BOOST, adapter_bytes
 
 import run
 from distributed import stop_signals
@@ -29,7 +29,7 @@ BEST = f"{LONG} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_mod
 
 
 @pytest.fixture
-def calm(go):  # noqa: F811
+def calm(go):
     """calm(flags) -> (adapter, logged evaluations, result) of an undisturbed run in `out`, which is removed again."""
 
     def once(flags: str):
@@ -70,7 +70,7 @@ def send(number):
 @pytest.mark.parametrize("number", stop_signals.StopSignals.NUMBERS)
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_bytes(
-    go, calm, monkeypatch, number, step, capsys  # noqa: F811
+    go, calm, monkeypatch, number, step, capsys
 ):  # fmt: skip
     expected = calm(LONG)[0]
     before = [signal.getsignal(n) for n in stop_signals.StopSignals.NUMBERS]
@@ -85,13 +85,13 @@ def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_by
     assert adapter_bytes() == expected
 
 
-def test_a_second_interrupt_stops_at_once(go, monkeypatch):  # noqa: F811
+def test_a_second_interrupt_stops_at_once(go, monkeypatch):
     at_step(monkeypatch, 5, lambda: (send(signal.SIGINT)(), send(signal.SIGINT)()))
     go(LONG, status=130)
     assert checkpoints.list_checkpoints("out")[-1].name == "checkpoint-4"
 
 
-def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch, capsys):  # noqa: F811
+def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch, capsys):
     at_step(monkeypatch, 5, send(signal.SIGINT))
     go(BOOST, status=130)
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
@@ -99,7 +99,7 @@ def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 6])
 @pytest.mark.parametrize("flags", [BEST, BEST.replace("--save_steps 2", "--save_steps 4")])
-def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth, flags):  # noqa: F811
+def test_an_evaluation_that_is_cut_off_is_made_up_for(go, calm, monkeypatch, nth, flags):
     """Same bytes, same evaluations, same best checkpoint, also where the save was not due at that step."""
     expected = calm(flags)
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ EPOCHS = EPOCHS.replace("--eval_strategy steps --eval_steps 2", "--eval_strategy
     [(STEPS, 6), (EPOCHS, 6), (EPOCHS, 8), (EPOCHS, 12), (f"{STEPS} --save_strategy best", 4)],
     ids=["last step", "middle of an epoch", "end of an epoch", "end of the last epoch", "a new best"],
 )
-def test_a_signal_changes_neither_evaluations_nor_the_best(go, calm, monkeypatch, flags, step):  # noqa: F811
+def test_a_signal_changes_neither_evaluations_nor_the_best(go, calm, monkeypatch, flags, step):
     losses = {2: 0.7, 4: 0.5, 6: 0.6 if "best" in flags.split()[-1] else 0.2, 8: 0.1, 12: 0.4}
     evaluate = Framework.evaluate
 
@@ -139,14 +139,14 @@ def test_a_signal_changes_neither_evaluations_nor_the_best(go, calm, monkeypatch
     assert adapter_bytes() == expected[0] and evaluations() == expected[1][: len(evaluations())]
 
 
-def test_what_an_earlier_run_left_is_not_taken_for_the_result(go):  # noqa: F811
+def test_what_an_earlier_run_left_is_not_taken_for_the_result(go):
     go(f"{BOOST} --learning_rate 1e-1")
     for mode, flag in (("--lora", "--adapter out"), ("", "--model_name out")):
         result = go(f"--trainer zo {mode} --max_steps 2 --save_model --overwrite --output_dir out")
         assert go(f"--trainer none --num_train 0 {flag}")["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
-def test_the_final_evaluation_can_be_interrupted(go, calm, monkeypatch):  # noqa: F811
+def test_the_final_evaluation_can_be_interrupted(go, calm, monkeypatch):
     expected = calm(LONG)
     with monkeypatch.context() as patch:
         at_step(patch, 1, send(signal.SIGUSR1), Framework, "predict")
@@ -185,7 +185,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, name, caplog):  # noqa: F811
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, name, caplog):
     expected = calm(LONG)[0]
     go(LONG)
     shutil.rmtree("out/checkpoint-11")
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, nam
     assert adapter_bytes() == expected
 
 
-def test_when_all_are_damaged_the_run_is_refused(go, capsys):  # noqa: F811
+def test_when_all_are_damaged_the_run_is_refused(go, capsys):
     go(BOOST)
     for path in checkpoints.list_checkpoints("out"):
         truncate(path)
@@ -205,14 +205,14 @@ def test_when_all_are_damaged_the_run_is_refused(go, capsys):  # noqa: F811
     go(f"{BOOST} --overwrite")
 
 
-def test_where_none_was_ever_completed_it_starts_afresh_and_says_so(go, caplog):  # noqa: F811
+def test_where_none_was_ever_completed_it_starts_afresh_and_says_so(go, caplog):
     Path("out/.partial/checkpoint-2").mkdir(parents=True)
     (Path("out/.partial/checkpoint-2") / "optimizer.pt").write_bytes(b"half")
     go(BOOST)
     assert "was ever completed" in caplog.text and not Path("out/.partial").exists()
 
 
-def test_a_limit_on_checkpoints_keeps_the_newest_and_the_best(go):  # noqa: F811
+def test_a_limit_on_checkpoints_keeps_the_newest_and_the_best(go):
     go(f"{BEST} --save_total_limit 1 --learning_rate 1")
     kept = [path.name for path in checkpoints.list_checkpoints("out")]
     best = json.loads(Path("out/checkpoint-11/trainer_state.json").read_text())["best_model_checkpoint"]
@@ -260,7 +260,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
     assert adapter_bytes() == expected
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(go, calm, model_dir, data_dir):  # noqa: F811
+def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(go, calm, model_dir, data_dir):
     expected = calm(LONG)[0]
     done = starved(LONG, model_dir, data_dir, {5: 100})
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -278,7 +278,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole
     "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
               RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
 )  # fmt: skip
-def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, error):  # noqa: F811
+def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, error):
     expected, loss, calls = calm(LONG)[0], logprobs.loss, []
 
     def failing(model, batch, classification, copies=None):
@@ -296,14 +296,14 @@ def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, erro
     assert adapter_bytes() == expected
 
 
-def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, capsys):  # noqa: F811
+def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, capsys):
     monkeypatch.setattr(packing, "loss", lambda *a, **k: torch.tensor(float("nan")))
     go("--trainer zo --lora --max_steps 80 --output_dir out --learning_rate 1", status=1)
     assert "Lower the learning rate" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("mode", ["--lora", "", "--load_bfloat16"])
-def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go, monkeypatch, mode):  # noqa: F811
+def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go, monkeypatch, mode):
     """In a callback, and between the two forwards of a step."""
     made, loss, calls = [], logprobs.loss, []
 
@@ -334,20 +334,20 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go,
 # ---- reruns ----
 
 
-def test_other_batches_of_the_same_sum_go_on(go):  # noqa: F811
+def test_other_batches_of_the_same_sum_go_on(go):
     go(BOOST)
     go(f"{BOOST} --max_steps 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --logging_steps 1")
     assert checkpoints.list_checkpoints("out")[-1].name == "checkpoint-8"
 
 
-def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused(go):  # noqa: F811
+def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused(go):
     go(BOOST)
     before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")}
     go("--trainer none --num_train 0 --output_dir out --seed 9 --adapter out")
     assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
 
 
-def test_the_lock_dies_with_its_owner(go, model_dir, data_dir):  # noqa: F811
+def test_the_lock_dies_with_its_owner(go, model_dir, data_dir):
     command = "import checkpoint,time\nwith checkpoint.locked('out'):\n print('in', flush=True); time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -378,7 +378,7 @@ PICKLES = {"plain pickle": pickle.dumps(Evil()), "torch.save": torch_file()}
 
 @pytest.mark.parametrize("kind", PICKLES)
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):  # noqa: F811
+def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):
     go(BOOST)
     shutil.rmtree("out/checkpoint-6")
     path = Path("out/checkpoint-4")
@@ -395,7 +395,7 @@ def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):  #
 
 @pytest.mark.parametrize("kind", PICKLES)
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "boosters.safetensors"])
-def test_a_malicious_file_in_an_adapter_never_runs(go, name, kind):  # noqa: F811
+def test_a_malicious_file_in_an_adapter_never_runs(go, name, kind):
     go(BOOST)
     for file in ("adapter_model.safetensors", "boosters.safetensors"):
         if name.endswith(".bin") or file == name:
@@ -418,7 +418,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_code_that_comes_with_a_model_runs_by_flag_only(go, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_code_that_comes_with_a_model_runs_by_flag_only(go, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
     tiny_model("llama").save_pretrained(folder)
@@ -433,7 +433,7 @@ def test_code_that_comes_with_a_model_runs_by_flag_only(go, tmp_path, capsys, mo
     assert Path("ran").exists()
 
 
-def test_what_a_run_writes_is_tensors_and_text(go):  # noqa: F811
+def test_what_a_run_writes_is_tensors_and_text(go):
     """The only pickles are the Trainer's own three, which hold no code (`weights_only` reads them)."""
     go(f"{BOOST} --save_merged --predictions rows.jsonl")
     for file in (p for p in Path().rglob("*") if p.is_file()):
@@ -449,7 +449,7 @@ def test_what_a_run_writes_is_tensors_and_text(go):  # noqa: F811
             )
 
 
-def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go, tmp_path, data_dir, model_dir):  # noqa: F811
+def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go, tmp_path, data_dir, model_dir):
     """The tree of the program, the model, the data and the working directory stay as they are."""
     places = [p for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".md")] + [Path(data_dir), Path(model_dir)]
     snapshot = lambda: {  # noqa: E731

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_run import adapter_bytes, go  # noqa: F401 - a fixture
+from support.runs import adapter_bytes
 
 import run
 from zo.trajectory import Trajectory
@@ -24,13 +24,13 @@ def trajectory(path="out") -> str:
     ["", "--zo_normalize --lora_freeze_a --zo_queries 2", "--zo_distribution rademacher --lr_scheduler_type cosine",
      "--zo_optim adamw", "--zo_optim momentum --weight_decay 0.1"],
 )  # fmt: skip
-def test_a_boosted_run_is_rebuilt_byte_for_byte(go, flags):  # noqa: F811
+def test_a_boosted_run_is_rebuilt_byte_for_byte(go, flags):
     go(f"{BOOST} {flags}")
     go(f"{BOOST} {flags} --replay {trajectory()} --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out")
 
 
-def test_any_number_of_steps_can_be_rebuilt(go):  # noqa: F811
+def test_any_number_of_steps_can_be_rebuilt(go):
     go(BOOST)
     go(f"{BOOST} --replay {trajectory()} --replay_steps 8 --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out/checkpoint-8")  # two boosters, nothing live yet
@@ -40,13 +40,13 @@ def test_any_number_of_steps_can_be_rebuilt(go):  # noqa: F811
     assert adapter_bytes("out") == before
 
 
-def test_the_check_says_where_the_loss_is_no_number(go, caplog):  # noqa: F811
+def test_the_check_says_where_the_loss_is_no_number(go, caplog):
     caplog.set_level("INFO")
     go("--trainer zo --load_float16 --max_steps 1 --zo_check --zo_eps 1000")
     assert "the loss is no number at eps 1000" in caplog.text and " fit (" not in caplog.text
 
 
-def test_the_best_checkpoint_is_what_is_rebuilt(go):  # noqa: F811
+def test_the_best_checkpoint_is_what_is_rebuilt(go):
     flags = f"{BOOST} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --metric loss"
     go(flags)
     about = Trajectory.load(trajectory()).about
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_is_what_is_rebuilt(go):  # noqa: F811
     assert adapter_bytes("again") == adapter_bytes("out")
 
 
-def test_a_run_that_was_resumed_has_the_same_trajectory(go):  # noqa: F811
+def test_a_run_that_was_resumed_has_the_same_trajectory(go):
     go(BOOST)
     expected = Path(trajectory()).read_bytes()
     for path in Path("out").glob("checkpoint-*"):
@@ -72,7 +72,7 @@ def test_a_run_that_was_resumed_has_the_same_trajectory(go):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", ["", "--load_bfloat16"])
 @pytest.mark.parametrize("method", ["mezo", "lozo"])
-def test_full_parameters_are_rebuilt_bit_for_bit(go, dtype, method):  # noqa: F811
+def test_full_parameters_are_rebuilt_bit_for_bit(go, dtype, method):
     flags = f"{RUN} {dtype} --zo_method {method} --weight_decay 0.1 --output_dir out"
     go(flags)
     go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
@@ -80,7 +80,7 @@ def test_full_parameters_are_rebuilt_bit_for_bit(go, dtype, method):  # noqa: F8
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-def test_a_replay_writes_what_its_flags_ask_for(go):  # noqa: F811
+def test_a_replay_writes_what_its_flags_ask_for(go):
     flags = f"{RUN} --lora --output_dir out --save_merged --export_rank 2"
     go(flags)
     go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
@@ -88,14 +88,14 @@ def test_a_replay_writes_what_its_flags_ask_for(go):  # noqa: F811
         assert Path(f"again/{name}.safetensors").read_bytes() == Path(f"out/{name}.safetensors").read_bytes()
 
 
-def test_a_run_on_an_objective_is_rebuilt(go):  # noqa: F811
+def test_a_run_on_an_objective_is_rebuilt(go):
     flags = f"{RUN} --recipe fast --non_diff --train_as_classification False"  # the recipe leaves its cache out
     go(f"{flags} --output_dir out")
     go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out")
 
 
-def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):  # noqa: F811
+def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):
     go(BOOST)
     for flags, word in (("--seed 4", "seed"), ("--lora_alpha 3", "lora_alpha"), ("--load_bfloat16", "load_bfloat16")):
         go(f"{BOOST} --replay {trajectory()} {flags} --output_dir again", status=2)
@@ -106,7 +106,7 @@ def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("flags", ["--lora", ""])
-def test_batched_or_not_a_run_ends_alike(go, flags):  # noqa: F811
+def test_batched_or_not_a_run_ends_alike(go, flags):
     found = []
     for wish in ("on", "off"):
         result = go(f"{RUN} {flags} --zo_queries 2 --zo_batched {wish} --output_dir {wish}")
@@ -115,7 +115,7 @@ def test_batched_or_not_a_run_ends_alike(go, flags):  # noqa: F811
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
-def test_a_method_of_ones_own_is_taken(go, tmp_path):  # noqa: F811
+def test_a_method_of_ones_own_is_taken(go, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from zo import Method\n"
         "class OneSided(Method):\n"
@@ -127,7 +127,7 @@ def test_a_method_of_ones_own_is_taken(go, tmp_path):  # noqa: F811
     assert result["forward_passes"] == 22 and not Path(trajectory()).exists()
 
 
-def test_the_check_is_printed_before_the_run(go, caplog):  # noqa: F811
+def test_the_check_is_printed_before_the_run(go, caplog):
     caplog.set_level("INFO")
     go(f"{BOOST} --zo_check --zo_eps 1e-2")
     calm = adapter_bytes()
@@ -137,7 +137,7 @@ def test_the_check_is_printed_before_the_run(go, caplog):  # noqa: F811
     assert adapter_bytes("other") == calm  # it changes nothing
 
 
-def test_a_finished_run_keeps_its_last_checkpoint_and_writes_its_trajectory_again(go, monkeypatch):  # noqa: F811
+def test_a_finished_run_keeps_its_last_checkpoint_and_writes_its_trajectory_again(go, monkeypatch):
     """With a limit of one checkpoint and the best one early: mezo.sh's flags."""
     values, evaluate = iter([0.1, 0.9, *[0.2] * 40]), run.Framework.evaluate
     monkeypatch.setattr(

@@ -10,10 +10,11 @@ import time
 import tomllib
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from conftest import TRAIN, tiny_model, tiny_tokenizer
+from support.data import TRAIN
+from support.models import tiny_model, tiny_tokenizer
+from support.runs import BOOST, ZO, adapter_bytes, in_folder, write_gguf
 from transformers import AutoModelForCausalLM
 
 import run
@@ -22,25 +23,6 @@ from lora import LoRA
 from training import checkpoints
 
 ROOT = Path(run.__file__).parent
-
-
-@pytest.fixture
-def go(model_dir, data_dir, tmp_path, monkeypatch):
-    """go(flags) -> result of `run.py` in an empty folder; raises AssertionError where it does not end with 0."""
-    monkeypatch.chdir(tmp_path)
-
-    def main(flags: str, model=model_dir, status: int = 0, result: bool = True) -> dict:
-        path = tmp_path / "result.json"
-        common = f"--model_name {model} --data_dir {data_dir} --result_file {path} --disable_tqdm True"
-        common += " --train_as_classification --num_train 16"
-        assert run.main(f"{common} {flags}".split()) == status
-        return json.loads(path.read_text()) if status == 0 and result else {}
-
-    return main
-
-
-ZO = "--trainer zo --max_steps 6 --learning_rate 1e-2 --output_dir out --save_model"
-BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 4 --save_steps 2"
 
 
 def test_a_run_that_is_longer_than_asked_for_is_not_its_result(go, capsys):
@@ -69,14 +51,6 @@ def test_seeds_stand_in_one_row_whatever_is_written_how_often(go, tmp_path):
         (tmp_path / "result.json").rename(tmp_path / "kept" / f"{seed}.json")
     rows = results.results_table(tmp_path / "kept")[1:]
     assert rows and all(row.split()[4] == "4" for row in rows), rows
-
-
-def in_folder(name):
-    return BOOST.replace("--output_dir out", f"--output_dir {name}")
-
-
-def adapter_bytes(path="out"):
-    return [(Path(path) / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "boosters")]
 
 
 @pytest.mark.parametrize("trainer", ["regular", "zo"])
@@ -404,45 +378,6 @@ def test_weights_in_an_unsafe_format_are_read_without_running_code(go, tmp_path)
     torch.save({**model.state_dict(), "evil": Evil()}, folder / "pytorch_model.bin")
     go("--trainer none --num_train 0", model=folder, status=2)
     assert not (tmp_path / "ran").exists()
-
-
-def write_gguf(path: Path, model) -> None:
-    """A Llama as llama.cpp has it: its names, and q and k with the two halves of a head interleaved."""
-    writer, config = gguf.GGUFWriter(path, "llama"), model.config
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    vocabulary = tiny_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get) + ["ab"] + [f"<unused{i}>" for i in range(config.vocab_size - 260)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * 3 + [1] * (len(tokens) - 259))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_pad_token_id(258)
-    names = {"self_attn": "attn", "o_proj": "output", "q_proj": "q", "k_proj": "k", "v_proj": "v"}
-    names |= {"mlp": "ffn", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        if name.startswith("model.layers."):
-            layer, *parts = name.removeprefix("model.layers.").removesuffix(".weight").split(".")
-            name = f"blk.{layer}.{'_'.join(names[part] for part in parts)}.weight"
-        writer.add_tensor({**whole, "lm_head.weight": "output.weight"}.get(name, name), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_is_a_model_that_trains_and_can_be_saved(go, tmp_path):

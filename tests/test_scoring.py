@@ -6,33 +6,15 @@ import random
 
 import pytest
 import torch
-from conftest import VOCABULARY, some_examples, starter, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.data import starter
+from support.models import VOCABULARY, tiny_model
+from support.references import assert_close, plain_logprobs, plain_scores, some_examples
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from scoring import logprobs, packing
 from scoring.packing import Example
-
-
-@torch.no_grad()
-def plain_logprobs(model, ids: list[int], n: int) -> list[float]:
-    logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-    return [logprobs[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))]
-
-
-def plain_scores(model, examples) -> list[list[float]]:
-    return [
-        [sum(plain_logprobs(model, ids, n)) for ids, n in zip(x.encodings, x.option_lens, strict=True)]
-        for x in examples
-    ]
-
-
-def assert_close(scores, reference, tokens=8):
-    for row, expected in zip(scores, reference, strict=True):
-        assert len(row) == len(expected)
-        for a, b in zip(row, expected, strict=True):
-            assert abs(a - b) <= tokens * 2e-5 + 1e-5 * abs(b)
 
 
 @pytest.fixture(scope="module")

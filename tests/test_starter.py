@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from conftest import starter as made_starter
+from support.data import starter as made_starter
 
 import run
 from cli import starter

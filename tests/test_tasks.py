@@ -5,7 +5,8 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import TRAIN, starter, tiny_tokenizer
+from support.data import TRAIN, starter
+from support.models import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import tasks

@@ -5,37 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import gaussian
+from support.references import gaussian
 
-import run
 from cli import load_model
 from lora import LoRA
 from scoring import logprobs, packing
 from trainer import OurTrainer
-
-
-@pytest.fixture
-def framework(model_dir, data_dir, tmp_path, monkeypatch):
-    """framework(flags) -> a trained Framework, with the batches of its steps in `.seen`."""
-
-    def train(flags: str, rows: int | None = None, dev: int = 0):
-        common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path} --disable_tqdm True"
-        args = run.parse(f"{common} --train_as_classification --logging_steps 1 --seed 7 {flags}".split())
-        task = run.get_task("SST2", str(data_dir))
-        made, seen = run.Framework(args, task), []
-        step = OurTrainer.training_step
-
-        def recording(self, model, inputs, n=None):
-            seen.append({k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)})
-            return step(self, model, inputs, n)
-
-        monkeypatch.setattr(OurTrainer, "training_step", recording)
-        samples = task.sample_subset("train", 0, (rows or 32) + dev)
-        made.train(samples[: rows or 32], made.rows(samples[rows or 32 :]), tmp_path)
-        made.seen = seen
-        return made
-
-    return train
 
 
 def fresh_model(model_dir):

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, gaussian, some_examples, starter, tiny_model
+from support.data import TRAIN, starter
+from support.models import tiny_model
+from support.references import gaussian, loss_at, perturbed, some_examples
 from torch import nn
 
 from cli.validation import find_method
@@ -18,7 +20,8 @@ from zo import counter_rng
 from zo.diagnostics import diagnose, recommendations
 from zo.method import Method
 from zo.methods import LOZO
-from zo.optimizer import Noise, NonFiniteLoss, ZerothOrder
+from zo.optimizer import NonFiniteLoss, ZerothOrder
+from zo.rng_kernels import DirectionSource
 from zo.trajectory import Trajectory
 
 
@@ -208,26 +211,6 @@ def test_weights_without_storage_are_refused():
 
 
 # ---- full parameters: nothing perturbed, nothing copied ----
-
-
-def perturbed(model, engine, query: int, scale: float) -> list[torch.Tensor]:
-    """θ + scale·z of every parameter, in its dtype, as the engine shall show it."""
-    shown = []
-    for slot in engine.slots:
-        z = engine.direction(slot, query, range(len(slot.matrix)))
-        shown.append((slot.param.float() + scale * z.view(slot.param.shape)).to(slot.param.dtype))
-    return shown
-
-
-def loss_at(params, values, closure) -> float:
-    before = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, value in zip(params, values, strict=True):
-            p.copy_(value)
-        loss = float(closure())
-        for p, value in zip(params, before, strict=True):
-            p.copy_(value)
-    return loss
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -485,7 +468,7 @@ def test_low_rank_directions_are_of_low_rank_and_lazily_drawn():
         assert engine.direction(bias, 0, range(20)).unique().numel() > 10
     spans = [torch.linalg.matrix_rank(torch.cat([seen[0], other]), tol=1e-4) for other in seen]
     assert spans == [2, 2, 2, 4]
-    drawn = torch.stack([LOZO().direction(Noise(s), weight, 0, 0, range(20), "cpu") for s in range(300)])
+    drawn = torch.stack([LOZO().direction(DirectionSource(s), weight, 0, 0, range(20), "cpu") for s in range(300)])
     assert abs(drawn.var() - 1) < 0.05 and abs(drawn.mean()) < 0.02
 
 

@@ -83,18 +83,17 @@ LLAMA_ALONE = {
 }
 
 
-def small_models(folder: Path, root: Path) -> None:
+def small_models(folder: Path) -> None:
     """Write a random model of each family with a tokenizer of bytes, as the tests have them."""
-    sys.path.insert(0, str(root / "tests"))
-    import conftest
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.data import TRAIN, write_rows
+    from support.models import tiny_model, tiny_tokenizer
 
     for family in FAMILIES:
-        conftest.tiny_model(family).save_pretrained(folder / family)
-        conftest.tiny_tokenizer().save_pretrained(folder / family)
-    conftest.write_rows(
-        folder / "rows/SST2/train.jsonl", [(f"{s} {i}", y) for i in range(4) for s, y in conftest.TRAIN]
-    )
-    conftest.write_rows(folder / "rows/SST2/validation.jsonl", conftest.TRAIN)
+        tiny_model(family).save_pretrained(folder / family)
+        tiny_tokenizer().save_pretrained(folder / family)
+    write_rows(folder / "rows/SST2/train.jsonl", [(f"{s} {i}", y) for i in range(4) for s, y in TRAIN])
+    write_rows(folder / "rows/SST2/validation.jsonl", TRAIN)
     for name, rows in {
         "answers": [{"q": "ab" * (1 + i % 5), "a": "b"} for i in range(9)],
         "pairs": [{"prompt": f"say {i} ", "response": "so be it"} for i in range(9)],
@@ -171,7 +170,7 @@ def record(args) -> dict:
         found[name] = {"status": status, **fingerprint(folder)}
         print(f"{len(found):3d} {name}", file=sys.stderr, flush=True)
 
-    small_models(home, args.root)
+    small_models(home)
     for family in FAMILIES:
         for name, flags in EVERY_FAMILY.items():
             go(f"{family}: {name}", family, flags)

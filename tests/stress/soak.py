@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import numpy as np
 import psutil
-from conftest import TRAIN, tiny_model, tiny_tokenizer, write_rows
+from support.data import TRAIN, write_rows
+from support.models import tiny_model, tiny_tokenizer
 
 import run
 from trainer import OurTrainer

@@ -1,0 +1,32 @@
+"""Rows of the tasks, and where the starter lies."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).resolve().parent.parent / "data"  # a few real rows of the eleven tasks; see its README.md
+STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parents[2] / "starter"))
+TRAIN = [
+    ("a film of great warmth and wit", 1),
+    ("tedious from the first minute to the last", 0),
+    ("the best thing on a screen this year", 1),
+    ("lifeless, loud and far too long", 0),
+    ("funny, tender, and never once dull", 1),
+    ("a mess without a single idea", 0),
+    ("superb acting in every scene", 1),
+    ("i wanted my money back", 0),
+]
+
+
+def write_rows(path: Path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows)))
+
+
+def starter(*parts) -> Path:
+    path = STARTER.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"the starter is not there ({path}): run 'make starter'")
+    return path
