@@ -20,6 +20,7 @@ from boosters.targets import names_ending_in
 from cli import load_model, memory_estimate, validation
 from cli.arguments import OurArguments
 from cli.defaults import NOT_PART_OF_RUN_ID, REPLAY_ID
+from cli.machine import keep_pages
 from distributed import collectives, data_parallel, sharding
 from lora import LoRA
 from prefix import PrefixTuning
@@ -41,7 +42,7 @@ class Framework:
 
     def __init__(self, args: OurArguments, task):
         self.args, self.task = args, task
-        collectives.join_context = collectives.NO_JOIN
+        sharding.forget_model()
         if task:
             args.choose_best_by(task.metric_name)
             validation.validate_task(args, task)
@@ -289,17 +290,10 @@ class Framework:
         return {"train_dataset": dataset, "data_collator": share, "loss_fn": loss_fn}
 
     def shard(self) -> None:
-        """`--fsdp`: from here on a rank has a part of each weight, on its device; this can't be undone."""
-        model, lora, front, device = self.model, self.lora_module, prefix.trained_prefix(self.model), self.args.device
-        weights = collectives.tensor_fingerprint([*model.parameters()])
-        collectives.refuse_divergence(weights, "weights before the first step")  # nothing could tell later
-        if lora:
-            lora.prepare_for_sharding(device)
-        if front:
-            front.set_layer_device(device)
-        adapter = lora or front
-        sharding.shard_model(model, adapter.parameters() if adapter else (), device)
-        self.choose_rows(model)
+        """From here on a rank has a part of each weight, on its device."""
+        keep_pages(False)  # a layer that comes and goes leaves holes, which soon take more than the whole model
+        sharding.shard_model(self.model, self.lora_module or prefix.trained_prefix(self.model), self.args.device)
+        self.choose_rows(self.model)
 
     def best_stage(self, dev_rows: EvalBatch) -> int:
         """`--xgblora_best`: how many of the boosters do best on the dev rows."""

@@ -22,7 +22,7 @@ from boosters import chain, peft_files
 from boosters.chain import Booster, Round
 from boosters.peft_files import SavedAdapter
 from boosters.targets import DEFAULT_TARGETS, TARGETS_BY_MODEL_TYPE, layer_number, names_ending_in, parse_layer_choice
-from distributed.sharding import local_shard
+from distributed.sharding import copy_into
 from utils import UsageError, execution_device
 from zo.perturbed_weights import CopiesUnsupported
 
@@ -161,8 +161,8 @@ class LoRA:
             logger.info("XGBLoRA: W0 of %d layers, the sum of the chain: %.0f MB on the host", len(found), size / 1e6)
         self.start_round()
 
-    def prepare_for_sharding(self, device) -> None:
-        """For `--fsdp`: drop the replaced layers (nothing can be put back), bring an ensemble's factors to `device`."""
+    def move_with_model(self, device) -> None:
+        """Bring an ensemble's factors to a device; the replaced layers go, so that nothing can be put back."""
         self.replaced.clear()
         for module in self.lora_modules:
             module.chain = module.chain and tuple(part.to(device) for part in module.chain)
@@ -291,7 +291,7 @@ class LoRA:
         for name in () if self.ensemble else changed:
             module, exact = self.modules[name], self.merged_fp32(name)
             rounded = exact.to(module.weight.dtype)
-            module.weight.copy_(local_shard(rounded, module.weight))
+            copy_into(module.weight, rounded)
             if rounded is not exact and changed[name] is not None:
                 lost += float((rounded.float() - exact).square().sum())
                 size += float((changed[name].scaled_B @ changed[name].A).square().sum())

@@ -83,7 +83,7 @@ class PrefixTuning(nn.Module):
     def spread(self, deltas: Sequence[Tensor] | None) -> None:
         self.deltas = deltas
 
-    def set_layer_device(self, device) -> None:
+    def move_with_model(self, device) -> None:
         """The layers are on this device from here on."""
         self.layer_devices = [device] * len(self.layer_devices)
 

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from boosters.rounds import SEEN, Boosting, line_search, reset_rate, restart_schedule, round_ends
 from cli.validation import find_method
-from distributed import collectives, data_parallel, sharding
+from distributed import collectives, data_parallel
 from scoring import packing
 from training import activation_cache
 from training.resumable_trainer import PENDING_EVAL, DivergenceWatch, ResumableTrainer, StopOnSignal
@@ -87,7 +87,6 @@ class OurTrainer(ResumableTrainer):
                 super().create_optimizer(model)
             except (ValueError, ImportError) as error:
                 raise UsageError(f"--optim {args.optim}: {error}") from error
-            self.optimizer.register_load_state_dict_pre_hook(sharding.shard_optimizer_state)
             if self.lora_module:
                 self.lora_module.require_grad(self.holds_a)
         elif self.optimizer is None:
@@ -137,7 +136,7 @@ class OurTrainer(ResumableTrainer):
         inputs, exchange, zo = self._prepare_inputs(inputs), self.exchange, self.zeroth_order
         self.fraction, load = self.fraction * inputs.pop("part"), inputs.pop("tokens")
         points = self.method.points() if zo else [(0, 0.0)]
-        mine, losses = exchange.mine(points), []
+        mine, losses = exchange.points_of_rank(points), []
         if inputs and mine and zo:
             losses = [self.fraction * loss for loss in self.ask(model, inputs, [points[i] for i in mine])]
         elif inputs and mine:
@@ -182,7 +181,7 @@ class OurTrainer(ResumableTrainer):
 
         collectives.run_on_all(fill)
         self.train_dataset = self.store.examples
-        self.data_collator.stored = True
+        self.data_collator.is_local = lambda row: row.places is not None
 
     def check(self) -> None:
         """`--zo_check`: measure on the first batch, and say what would be better."""

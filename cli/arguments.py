@@ -242,8 +242,11 @@ class OurArguments(TrainingArguments):
         if self.torch_compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             logger.warning("--torch_compile: no C++ compiler on this machine, running eagerly")
             self.torch_compile = False
-        self.sharded, self.fsdp = bool(self.fsdp), None  # by fsdp.py: the library takes GPUs only
-        with collectives.hide_world_from_trainer(apart=self.sharded and not self.use_cpu):
+        self.sharded, self.fsdp = bool(self.fsdp), None  # by distributed/sharding.py: the library takes GPUs only
+        gpus = collectives.choose_gpu()
+        if self.sharded and not self.use_cpu:
+            collectives.refuse_shared_gpus(gpus)
+        with collectives.hide_world_from_trainer():
             super().__post_init__()
         for name in set(self.report_to) - {"none", *get_available_reporting_integrations()}:
             raise UsageError(f"--report_to {name}: its package is not installed")

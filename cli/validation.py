@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from boosters.targets import parse_layer_choice
 from cli import load_model
-from distributed import collectives, sharding
+from distributed import collectives
 from tasks import GENERATION, METRICS, OPTIONS, TEXT, CustomTask
 from utils import UsageError, load_from_file
 from zo.method import Method
@@ -65,13 +65,6 @@ def validate(args) -> None:
         ("--replay", "--staged and --predictions (it evaluates nothing)"): args.replay
         and (args.staged or args.predictions),
         ("--trainer zo", "--deepspeed"): zo and args.deepspeed,
-        ("--fsdp", f"--load_int{args.bits}"): args.fsdp and args.bits,
-        ("--fsdp", "--deepspeed"): args.fsdp and args.deepspeed,
-        ("--fsdp", "--save_merged"): args.fsdp and args.save_merged,
-        ("--fsdp", "--linear_probing"): args.fsdp and args.linear_probing,
-        ("--fsdp", f"--optim {args.optim} (adamw_torch and sgd do)"): args.fsdp
-        and not args.optim.startswith(("adamw_torch", "sgd")),
-        ("--fsdp", "--fsdp_config (nothing reads it)"): args.fsdp and args.fsdp_config,
         ("--trainer", "--label_smoothing_factor (the loss is ours)"): trains and args.label_smoothing_factor,
         ("--trainer", "--save_only_model (nothing could go on from it)"): trains and args.save_only_model,
         ("--trainer", "--train_sampling_strategy group_by_length"): trains
@@ -94,6 +87,7 @@ def validate(args) -> None:
         if clash:
             raise UsageError(f"{names[0]} and {names[1]} exclude each other")
     ranks = collectives.env_world_size()
+    validate_fsdp(args, ranks)
     boosts = args.xgblora and trains
     kind, _ = parse_layer_choice(args.xgblora_layers)
     method = find_method(args.zo_method)
@@ -173,11 +167,6 @@ def validate(args) -> None:
         "--replay_steps needs --replay": args.replay_steps is not None and not args.replay,
         f"--zo_parallel queries needs --zo_queries {ranks} or more, for {ranks} ranks": args.zo_parallel == "queries"
         and args.zo_queries < ranks,
-        f"--fsdp {args.fsdp}: there is full_shard, with or without auto_wrap": args.fsdp
-        and not {*str(args.fsdp).lower().split()} <= sharding.FSDP_VALUES,
-        "--fsdp needs --trainer regular (a model that outgrows a device: --device_map)": args.fsdp
-        and args.trainer != "regular",
-        "--fsdp divides the weights among ranks: start with torchrun": args.fsdp and ranks == 1,
         "--device_map runs in one process: under torchrun each rank has one device": args.device_map and ranks > 1,
         "--offload_folder needs --device_map": args.offload_folder and not args.device_map,
         "--zo_parallel queries needs --trainer zo": args.zo_parallel == "queries" and not zo,
@@ -213,6 +202,29 @@ def validate(args) -> None:
             raise UsageError(f"--{name} is {value}, but must be a positive number")
     if args.learning_rate is not None and not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
         raise UsageError(f"--learning_rate is {args.learning_rate}, but must be a number, 0 or more")
+
+
+def validate_fsdp(args, ranks: int) -> None:
+    """Raise UsageError for choices that do not go with weights divided among so many ranks (`--fsdp`)."""
+    if not args.fsdp:
+        return
+    excluded = {
+        f"--load_int{args.bits}": args.bits,
+        "--deepspeed": args.deepspeed,
+        "--save_merged": args.save_merged,
+        "--linear_probing": args.linear_probing,
+        f"--optim {args.optim} (adamw_torch and sgd do)": not args.optim.startswith(("adamw_torch", "sgd")),
+        "--fsdp_config (nothing reads it)": args.fsdp_config,
+    }
+    words = {*str(args.fsdp).lower().split()}  # the flag alone says "true"
+    problems = {f"and {flag} exclude each other": given for flag, given in excluded.items()} | {
+        f"{args.fsdp}: there is full_shard, with or without auto_wrap": words - {"full_shard", "auto_wrap", "true"},
+        "needs --trainer regular (a model that outgrows a device: --device_map)": args.trainer != "regular",
+        "divides the weights among ranks: start with torchrun": ranks == 1,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UsageError(f"--fsdp {problem}")
 
 
 def validate_task(args, task) -> None:

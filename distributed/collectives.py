@@ -1,15 +1,15 @@
-"""One run on several devices: torchrun starts a process for each, and of zeroth order only numbers go between them.
+"""Exchanges between the ranks of one run: torchrun starts a process (a rank) for each device.
 
     torchrun --nproc_per_node 2 run.py --trainer zo …
 
-z is a function of (seed, step, query, element), so that ranks which know the losses of a step take the same step, bit
-for bit: a few dozen bytes a rank and step of `zo` go over gloo, whatever the model's size. The batch is drawn as one
-process with the product of the batch sizes would draw it and then divided, so that the number of ranks changes rounding
-only.
+z is a function of (seed, step, query, element). Ranks that know the losses of a step therefore take the same step, bit
+for bit: of a step under `zo` only a few dozen bytes a rank go over gloo, whatever the model's size. The batch is drawn
+as one process with the product of the batch sizes would draw it, and then divided (data_parallel.py), so that the
+number of ranks changes rounding only.
 
 The library's own data parallelism is not used: it would wrap the model, shard the data in another order and average
-gradients that do not exist. It is not shown that there are other ranks (`hidden`), and what only one of them may do
-goes through `first`. A rank that is lost is an error on all the others.
+gradients that do not exist. `hide_world_from_trainer` keeps the library from seeing other ranks, and `run_on_main` does
+what only one rank may do. When a rank is lost, that is an error on all the others.
 """
 
 import atexit
@@ -32,8 +32,6 @@ from torch.distributed.tensor import DTensor
 
 from utils import Interrupted, UsageError
 
-logger = logging.getLogger(__name__)
-
 GATHER_DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))  # seconds put before every exchange, to try a slow network
 WORLD_VARIABLES = (
     "RANK",
@@ -44,17 +42,19 @@ WORLD_VARIABLES = (
     "PMI_RANK",
     "OMPI_COMM_WORLD_SIZE",
 )
-TRAFFIC = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and waited
+TRAFFIC = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and how long it has waited
+
+_hidden_variables: dict[str, str] = {}  # those of WORLD_VARIABLES that `hide_world_from_trainer` has taken away
 
 
 class NoJoin(contextlib.nullcontext):
-    """Around what a rank does by itself; fsdp.py has another."""
+    """The context around a rank's own work where a forward needs no other rank; sharding.py has another."""
 
-    in_forward = False  # whether an error has left the others waiting
+    in_forward = False  # whether an error has left the other ranks waiting
 
 
 join_context = NO_JOIN = NoJoin()
-# Around what a rank does by itself in `run_on_all`; stop_signals.py puts a context here while an evaluation may be left.
+# A context around a rank's own work in `run_on_all`; stop_signals.py sets one while an evaluation may be left.
 local_work: Callable = contextlib.nullcontext
 
 
@@ -63,55 +63,93 @@ class PeerLost(RuntimeError):
 
 
 class PeerFailed(RuntimeError):
-    """Another rank could not do its share."""
+    """Another rank could not do its part."""
+
+
+class Diverged(RuntimeError):
+    """A rank holds other weights than the others."""
 
 
 SHARED_ERRORS = {cls.__name__: cls for cls in (Interrupted, UsageError, FloatingPointError)}
 
 
+# ---- ranks and GPUs ----
+
+
+def _world_variable(name: str, default: int) -> int:
+    return int(_hidden_variables.get(name) or os.environ.get(name, default))
+
+
 def env_world_size() -> int:
-    """How many ranks torchrun has started, as the environment says."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return how many ranks torchrun has started, as the environment says or said."""
+    return _world_variable("WORLD_SIZE", 1)
 
 
 def world_size() -> int:
+    """Return how many ranks have joined the process group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """Return the number of this rank."""
+    return dist.get_rank() if dist.is_initialized() else _world_variable("RANK", 0)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Return whether this process is rank 0, which alone writes files and prints."""
     return rank() == 0
 
 
-@contextlib.contextmanager
-def hide_world_from_trainer(apart: bool = False) -> Iterator[None]:
-    """Inside, the environment does not say that there are other ranks; a GPU is chosen by the local rank before.
+def choose_gpu() -> int:
+    """Let this process see one GPU only, chosen by its local rank. Call it before CUDA starts, which fixes the choice.
 
-    Raises UsageError where ranks would share one though they have to be `apart`.
+    Returns:
+        How many GPUs the process saw before, for `refuse_shared_gpus`.
     """
-    local, ranks = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    gpus = torch.cuda.device_count()  # does not start CUDA, which would fix the choice
-    own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher may show each rank its own GPU alone
-    if apart and 0 < gpus < ranks and not own:
-        raise UsageError(f"--fsdp: {ranks} ranks on a machine with {gpus} GPU(s), and each needs one of its own")
+    gpus = torch.cuda.device_count()  # does not start CUDA
     if env_world_size() > 1 and gpus > 1:
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = named.split(",") if named else [str(i) for i in range(gpus)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
-    kept = {name: os.environ.pop(name) for name in WORLD_VARIABLES if name in os.environ}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(i) for i in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[_world_variable("LOCAL_RANK", 0) % len(devices)]
+    return gpus
+
+
+def refuse_shared_gpus(gpus: int) -> None:
+    """Raise UsageError where two ranks of this machine would use one GPU.
+
+    Args:
+        gpus: what `choose_gpu` has returned.
+    """
+    ranks = _world_variable("LOCAL_WORLD_SIZE", 0)
+    one_is_assigned = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher may show each rank its own GPU
+    if 0 < gpus < ranks and not one_is_assigned:
+        raise UsageError(f"--fsdp: {ranks} ranks on a machine with {gpus} GPU(s), and each needs one of its own")
+
+
+@contextlib.contextmanager
+def hide_world_from_trainer() -> Iterator[None]:
+    """Take the variables that tell of other ranks out of the environment; the functions of this module know them."""
+    variables = {name: os.environ.pop(name) for name in WORLD_VARIABLES if name in os.environ}
+    _hidden_variables.update(variables)
     try:
         yield
     finally:
-        os.environ |= kept
+        os.environ |= variables
+        for name in variables:
+            del _hidden_variables[name]
 
 
 def join_process_group(timeout: float, tensors: bool = False) -> None:
-    """Meet the other ranks, where there are any; an exchange of more than `timeout` seconds fails. `tensors`: more than
-    numbers will go between GPUs."""
+    """Meet the other ranks, where torchrun has started several; all but rank 0 print errors only from here on.
+
+    Args:
+        timeout: seconds after which an exchange fails.
+        tensors: whether more than numbers will go between GPUs (nccl).
+
+    Raises:
+        UsageError: the environment does not say where the other ranks are.
+        PeerLost: the other ranks do not come.
+    """
     if env_world_size() == 1:
         return
     if "MASTER_ADDR" not in os.environ:
@@ -121,11 +159,11 @@ def join_process_group(timeout: float, tensors: bool = False) -> None:
     if not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         with as_peer_lost():
-            store, number, ranks = next(dist.rendezvous("env://", timeout=limit))
+            store, _, _ = next(dist.rendezvous("env://", rank(), env_world_size(), timeout=limit))
             # torchrun's store outlives the ranks that it starts again: they would find the addresses of the dead.
             store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if tensors and torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=limit)
+            dist.init_process_group(backend, store=store, rank=rank(), world_size=env_world_size(), timeout=limit)
         atexit.register(dist.destroy_process_group)
     if not is_main_process():
         logging.getLogger().setLevel(logging.ERROR)
@@ -137,6 +175,7 @@ def join_process_group(timeout: float, tensors: bool = False) -> None:
 
 
 def peer_lost_error(error: Exception) -> PeerLost:
+    """Return an error of the network as one line for the person at the terminal."""
     reason = re.sub(r"^\[.*?\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
     return PeerLost(
         f"another rank died or does not answer ({reason}); the same command goes on from the last checkpoint"
@@ -144,116 +183,138 @@ def peer_lost_error(error: Exception) -> PeerLost:
 
 
 def is_network_error(error: Exception) -> bool:
-    """Whether an exchange that is not ours (fsdp) has raised it."""
+    """Return whether an exchange that torch makes by itself (of divided weights) has raised this error."""
     return isinstance(error, dist.DistError) or (world_size() > 1 and "gloo" in str(error))
 
 
 @contextlib.contextmanager
 def as_peer_lost() -> Iterator[None]:
-    """What the network raises, as one line; `seconds` of WIRE grow by the time spent here."""
-    before = time.perf_counter()
+    """Raise what the network raises inside as PeerLost; the time spent inside counts as waiting (TRAFFIC)."""
+    start = time.perf_counter()
     try:
         yield
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise peer_lost_error(error) from error
     finally:
-        TRAFFIC["seconds"] += time.perf_counter() - before
+        TRAFFIC["seconds"] += time.perf_counter() - start
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    with as_peer_lost():
+        time.sleep(GATHER_DELAY)
+        dist.all_gather(tensors, tensor)
+    return tensors
 
 
 def gather(values: Sequence[float]) -> list[list[float]]:
-    """Of every rank, in rank order, as many fp64 numbers as this one gives: one call."""
+    """Return the numbers of every rank, in rank order, as fp64; each rank gives as many as this one. One exchange."""
     if world_size() == 1:
         return [list(values)]
-    mine = torch.tensor(values, dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    with as_peer_lost():
-        time.sleep(GATHER_DELAY)
-        dist.all_gather(everyone, mine)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    tensors = _all_gather(tensor)
     TRAFFIC["exchanges"] += 1
-    TRAFFIC["bytes"] += mine.nbytes
-    return [values.tolist() for values in everyone]
+    TRAFFIC["bytes"] += tensor.nbytes
+    return [tensor.tolist() for tensor in tensors]
 
 
 def gather_objects(value) -> list:
-    """Of every rank, in rank order, what JSON can say."""
+    """Return the values of every rank, in rank order; each is something that JSON can hold."""
     if world_size() == 1:
         return [value]
-    words = json.dumps(value).encode()
-    lengths = [int(n) for (n,) in gather([len(words)])]
-    mine = torch.frombuffer(bytearray(words.ljust(max(lengths))), dtype=torch.uint8)
-    everyone = [torch.empty_like(mine) for _ in lengths]
-    with as_peer_lost():
-        dist.all_gather(everyone, mine)
-    return [json.loads(one.numpy().tobytes()) for one in everyone]
+    text = json.dumps(value).encode()
+    lengths = [int(length) for (length,) in gather([len(text)])]
+    padded = torch.frombuffer(bytearray(text.ljust(max(lengths))), dtype=torch.uint8)
+    return [json.loads(tensor.numpy().tobytes()) for tensor in _all_gather(padded)]
 
 
 def run_on_all(fn: Callable) -> list:
-    """What `fn()` gives on each rank, in rank order. What it raises on one rank, a request to stop among that, is
-    raised on all of them, so that none waits for another."""
+    """Call `fn` on every rank; return the results of all ranks, in rank order.
+
+    What `fn` raises on one rank, a request to stop included, is raised on all ranks, so that none waits for another.
+
+    Args:
+        fn: takes no argument and returns something that JSON can hold.
+
+    Raises:
+        PeerFailed: `fn` failed on another rank, and the error is none of SHARED_ERRORS.
+        PeerLost: another rank has died or does not answer.
+    """
     if world_size() == 1:
         return [fn()]
-    mine, error = None, None
+    result, error = None, None
     with join_context:
         try:
             with local_work():
-                mine = fn()
+                result = fn()
         except PeerLost:
             raise
         except (Exception, Interrupted) as raised:
             if join_context.in_forward:
                 raise
             error = raised
-    everyone = gather_objects([type(error).__name__, str(error)] if error else [None, mine])
-    failed = [(number, kind, text) for number, (kind, text) in enumerate(everyone) if kind]
-    if failed:
-        number, kind, text = failed[0]
-        if not error or kind in SHARED_ERRORS:
-            error = (
-                SHARED_ERRORS[kind](text)
-                if kind in SHARED_ERRORS
-                else PeerFailed(f"rank {number} failed: {kind}: {text}")
-            )
-        raise error
-    return [found for _, found in everyone]
+    outcomes = gather_objects([type(error).__name__, str(error)] if error else [None, result])
+    _raise_first_failure(outcomes, error)
+    return [result for _, result in outcomes]
+
+
+def _raise_first_failure(outcomes: Sequence[Sequence], own_error: BaseException | None) -> None:
+    """Raise the error of the lowest rank that failed, or this rank's own where the first is not shared by name."""
+    for number, (kind, text) in enumerate(outcomes):
+        if kind in SHARED_ERRORS:
+            raise SHARED_ERRORS[kind](text)
+        if kind:
+            raise own_error or PeerFailed(f"rank {number} failed: {kind}: {text}")
 
 
 def run_on_main(fn: Callable):
-    """What `fn()` gives on rank 0, which alone calls it, for all ranks; so it may not exchange with them."""
+    """Call `fn` on rank 0 alone and return its result on every rank; so `fn` may not exchange with other ranks."""
     return run_on_all(lambda: fn() if is_main_process() else None)[0]
+
+
+def forwards_are_exchanges() -> bool:
+    """Return whether a forward needs all ranks, because each holds a part of the weights; none may leave one then."""
+    return join_context is not NO_JOIN
 
 
 # ---- the same weights everywhere ----
 
 
-class Diverged(RuntimeError):
-    """A rank holds other weights than the others."""
-
-
 def tensor_fingerprint(tensors: Sequence[Tensor]) -> float:
-    """48 bits of a hash of the sums of blocks of the tensors' bits, fast wherever the tensors are."""
+    """Return 48 bits of a hash of the sums of blocks of the tensors' bits; fast on any device.
+
+    Tensors on the meta device are left out, and those that are divided among the ranks: of these there is one copy.
+    """
     digest = hashlib.sha256()
-    for t in tensors:
-        if not (t.is_meta or isinstance(t, DTensor)):  # of what is divided there is one copy
-            flat = t.detach().contiguous().view(-1).view(torch.uint8)
-            flat = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
-            sums = torch.stack([block.sum(dtype=torch.int64) for block in flat.split(1 << 20)])
-            digest.update(json.dumps(sums.tolist()).encode())
+    for tensor in tensors:
+        if tensor.is_meta or isinstance(tensor, DTensor):
+            continue
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+        sums = torch.stack([block.sum(dtype=torch.int64) for block in flat.split(1 << 20)])
+        digest.update(json.dumps(sums.tolist()).encode())
     return float(int.from_bytes(digest.digest()[:6]))
 
 
 def optimizer_params(optimizer) -> list[Tensor]:
+    """Return the parameters of all groups of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def all_tensors(model, optimizer) -> list[Tensor]:
-    """All weights of a model, and what is trained beside it."""
+    """Return all weights of a model and what is trained beside it, each once."""
     return [*{id(p): p for p in (*model.parameters(), *optimizer_params(optimizer))}.values()]
 
 
 def refuse_divergence(number: float, what: str) -> None:
-    """Raise Diverged, naming the ranks, where not all have this number."""
-    found = [n for (n,) in gather([number])]
-    usual = Counter(found).most_common(1)[0][0]  # of equal ones the first: rank 0's
-    others = [str(r) for r, n in enumerate(found) if n != usual]
+    """Raise Diverged, with the numbers of the ranks, where not all ranks have the same number.
+
+    Args:
+        number: a fingerprint that all ranks should share.
+        what: what the number is made of, for the message.
+    """
+    numbers = [number for (number,) in gather([number])]
+    usual = Counter(numbers).most_common(1)[0][0]  # of equally frequent ones the first: rank 0's
+    others = [str(r) for r, number in enumerate(numbers) if number != usual]
     if others:
         raise Diverged(f"rank {', '.join(others)} of {world_size()} has other {what} than the others: nothing is saved")

@@ -1,7 +1,11 @@
-"""What each of several ranks does of a batch, of a step, of an evaluation; see parallel.py."""
+"""Division of the work among ranks: rows of a batch, points of a step, examples of an evaluation.
+
+The exchanges between ranks are those of collectives.py. With one process, everything here leaves the work whole.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -9,22 +13,29 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distributed import collectives, stop_signals
-from scoring.packing import Example, num_tokens
+
+_on_this_rank_only: ContextVar[bool] = ContextVar("on_this_rank_only", default=False)
 
 
 def balance(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Items for each rank, so that their sizes sum up alike: the longest first, each to the rank with least so far."""
-    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
+    """Return the indices of each rank's items, so that the sizes of every rank sum up alike.
+
+    The longest item is placed first, each one with the rank that has least so far.
+    """
+    loads = [0] * ranks
+    parts = [[] for _ in range(ranks)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         r = loads.index(min(loads))
         loads[r] += sizes[i]
-        shares[r].append(i)
-    return [sorted(share) for share in shares]
+        parts[r].append(i)
+    return [sorted(part) for part in parts]
 
 
 def contiguous_split(sizes: Sequence[int], ranks: int) -> list[range]:
-    """Items for each rank, neighbours together, so that their sizes sum up about alike."""
-    total, ends, done = sum(sizes), [], 0
+    """Return the indices of each rank's items: neighbours stay together, and the sizes sum up about alike."""
+    total = sum(sizes)
+    ends: list[int] = []
+    done = 0
     for i, n in enumerate(sizes):
         while len(ends) < ranks - 1 and done + n / 2 >= total * (len(ends) + 1) / ranks:
             ends.append(i)
@@ -34,118 +45,158 @@ def contiguous_split(sizes: Sequence[int], ranks: int) -> list[range]:
 
 
 class ShardingCollator:
-    """A collator that packs this rank's rows of a batch, which all ranks draw. With them comes `weight`, how much the
-    batch counts; of several ranks also `part`, the fraction of its loss that is theirs, and `tokens`, how many they
-    are. A rank without a row gets nothing else, or one row for nothing where all have to run `in_step`.
+    """Packs this rank's rows of a batch that all ranks draw.
+
+    A batch has `weight`: how much the whole batch counts. Where there are several ranks, it also has `part`, the
+    fraction of the loss that this rank's rows make up, and `tokens`, how many tokens these rows have. A rank without a
+    row gets nothing else; where all ranks have to run a row (`in_step`) it gets one whose part is 0.
 
     Args:
-        pack(rows) -> batch. weight(rows): of how many things the loss is the mean. size(row): its tokens.
-        divides: False gives each rank the whole batch. in_step: every rank runs a row of each batch.
+        pack: rows -> batch, a dict of tensors.
+        weight: rows -> the number of terms of which the loss is the mean.
+        size: row -> its number of tokens.
+        divides: False gives each rank the whole batch.
+        in_step: whether every rank has to run a row of each batch.
+
+    Attributes:
+        is_local: row -> whether this rank holds what a cache keeps of the row; rows then stay with their rank. None
+            balances the tokens.
     """
 
-    def __init__(self, pack: Callable, weight: Callable, size: Callable = num_tokens, divides=True, in_step=False):
-        self.pack, self.weight, self.size, self.divides, self.in_step = pack, weight, size, divides, in_step
-        self.stored = False  # rows whose activations are kept stay with the rank that keeps them
+    def __init__(self, pack: Callable, weight: Callable, size: Callable, divides: bool = True, in_step: bool = False):
+        self.pack = pack
+        self.weight = weight
+        self.size = size
+        self.divides = divides
+        self.in_step = in_step
+        self.is_local: Callable[..., bool] | None = None
 
-    def __call__(self, batch: Sequence[Example]) -> dict[str, Tensor | float]:
-        ranks, rows = collectives.world_size(), batch
-        about = {"weight": self.weight(batch)}
-        if ranks == 1:
-            return {**self.pack(batch), **about}
-        if self.divides and self.stored:
-            rows = [x for x in batch if x.places is not None]
-        elif self.divides:
-            rows = [batch[i] for i in balance([self.size(x) for x in batch], ranks)[collectives.rank()]]
-        about |= {"part": self.weight(rows) / about["weight"], "tokens": sum(map(self.size, rows))}
+    def __call__(self, batch: Sequence) -> dict[str, Tensor | float]:
+        """Return this rank's part of a batch."""
+        weight = self.weight(batch)
+        if collectives.world_size() == 1:
+            return {**self.pack(batch), "weight": weight}
+        rows = self.rows_of_rank(batch) if self.divides else batch
+        counts = {"weight": weight, "part": self.weight(rows) / weight, "tokens": sum(map(self.size, rows))}
         if self.in_step and not rows:
             rows = batch[:1]  # its part is 0
-        return {**self.pack(rows), **about} if rows else about
+        return {**self.pack(rows), **counts} if rows else counts
+
+    def rows_of_rank(self, batch: Sequence) -> list:
+        """Return the rows of a batch that this rank runs."""
+        if self.is_local:
+            return [row for row in batch if self.is_local(row)]
+        parts = balance([self.size(row) for row in batch], collectives.world_size())
+        return [batch[i] for i in parts[collectives.rank()]]
 
 
 class LossAllGather:
-    """A step that the ranks take together: each adds its part of the loss at every point, and all get the sums.
+    """The exchange of a step: each rank adds its part of the loss at every point, and all ranks get the sums.
 
-    `queries`: each rank asks at the points of other queries, on the whole batch, instead of on its share of it.
+    Args:
+        queries: whether each rank computes the losses of other queries on the whole batch, instead of all queries on
+            its part of the batch.
+        signals: requests to stop, which the exchange of each step carries along.
     """
 
     def __init__(self, queries: bool, signals: stop_signals.StopSignals):
-        self.queries, self.signals = queries, signals
-        self.sums: list[float] = []  # of this rank's micro-batches so far
-        self.load = 0  # tokens that they are
-        self.steps, self.bytes, self.seconds, self.most, self.mean = 0, 0, 0.0, 0, 0.0  # of all steps, for the report
+        self.queries = queries
+        self.signals = signals
+        self.sums: list[float] = []  # losses of this rank's micro-batches of the step so far, one a point
+        self.tokens = 0  # that went through this rank's model for them
+        # Sums over all steps, for the report.
+        self.steps = 0
+        self.bytes = 0
+        self.seconds = 0.0
+        self.heaviest_load = 0
+        self.mean_load = 0.0
 
-    def mine(self, points: Sequence[tuple[int, float]]) -> list[int]:
-        """Numbers of the points at which this rank asks."""
-        ranks, rank = collectives.world_size(), collectives.rank()
+    def points_of_rank(self, points: Sequence[tuple[int, float]]) -> list[int]:
+        """Return the indices of those (query, factor) at which this rank computes the loss."""
+        ranks = collectives.world_size()
+        rank = collectives.rank()
         return [i for i, (query, _) in enumerate(points) if not self.queries or query % ranks == rank]
 
-    def add(self, losses: dict[int, float], points: int, load: int) -> None:
-        """This rank's part of a micro-batch: its losses by number of the point, of so many points in all, and how many
-        tokens went through the model for them."""
-        self.sums = self.sums or [0.0] * points
+    def add(self, losses: dict[int, float], num_points: int, tokens: int) -> None:
+        """Add this rank's part of a micro-batch.
+
+        Args:
+            losses: {index of the point: loss}.
+            num_points: the number of points of the step, those of other ranks included.
+            tokens: how many went through the model for these losses.
+        """
+        self.sums = self.sums or [0.0] * num_points
         for i, loss in losses.items():
             self.sums[i] += loss
-        self.load += load
+        self.tokens += tokens
 
     def total(self) -> list[float]:
-        """The losses of the whole batch, summed in rank order. What else all have to know goes along: loads, requests
-        to stop."""
+        """Return the loss of the whole batch at each point, summed in rank order, and begin a new step.
+
+        Loads and requests to stop go along.
+        """
         before = dict(collectives.TRAFFIC)
-        everyone = collectives.gather([*self.sums, self.load, self.signals.local_signal])
+        rows = collectives.gather([*self.sums, self.tokens, self.signals.local_signal])
         totals = [0.0] * len(self.sums)
-        for *sums, _, _ in everyone:
-            totals = [total + one for total, one in zip(totals, sums, strict=True)]
-        *_, loads, heard = zip(*everyone, strict=True)
-        self.signals.merge(heard)
+        for *sums, _, _ in rows:
+            totals = [total + part for total, part in zip(totals, sums, strict=True)]
+        *_, loads, local_signals = zip(*rows, strict=True)
+        self.signals.merge(local_signals)
         self.steps += 1
         self.bytes += collectives.TRAFFIC["bytes"] - before["bytes"]
         self.seconds += collectives.TRAFFIC["seconds"] - before["seconds"]
-        self.most, self.mean = self.most + max(loads), self.mean + sum(loads) / len(loads)
-        self.sums, self.load = [], 0
+        self.heaviest_load += max(loads)
+        self.mean_load += sum(loads) / len(loads)
+        self.sums = []
+        self.tokens = 0
         return totals
 
     def report(self) -> dict:
-        """What a step sent and waited, and how evenly its rows were divided (1: evenly)."""
+        """Return what a step sent and waited, and how evenly its tokens were divided (1: evenly)."""
         steps = self.steps or 1
         return {
-            "number": collectives.world_size(), "bytes_per_step": self.bytes / steps,
+            "number": collectives.world_size(),
+            "bytes_per_step": self.bytes / steps,
             "wait_seconds_per_step": round(self.seconds / steps, 5),
-            "imbalance": round(self.most / self.mean, 4) if self.mean else 1.0,
-        }  # fmt: skip
+            "imbalance": round(self.heaviest_load / self.mean_load, 4) if self.mean_load else 1.0,
+        }
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Sum the gradients of the ranks, each of its part of the loss (`--trainer regular`)."""
+    """Sum the gradients of the ranks in place, each of its part of the loss (`--trainer regular`)."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(p, DTensor):  # fsdp has averaged
+        if isinstance(p, DTensor):  # torch has averaged the gradients of divided weights
             p.grad.mul_(collectives.world_size())
             continue
         with collectives.as_peer_lost():
             dist.all_reduce(p.grad)
 
 
-_alone: list[bool] = []
-
-
 @contextlib.contextmanager
-def on_this_rank_only():
-    """Inside, an evaluation is this rank's own, of its share of a batch."""
-    _alone.append(True)
+def on_this_rank_only() -> Iterator[None]:
+    """Inside, `map_over_ranks` divides nothing: an evaluation is this rank's own, of its part of a batch."""
+    token = _on_this_rank_only.set(True)
     try:
         yield
     finally:
-        _alone.pop()
+        _on_this_rank_only.reset(token)
 
 
 def map_over_ranks(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequence]) -> list:
-    """`fn(indices)`, a result an index, the indices divided among the ranks; the results in order. What has keys that
-    begin alike stays together."""
-    if collectives.world_size() == 1 or _alone:
+    """Return `fn(indices)` of all items, computed by the ranks together; the results are in the order of the items.
+
+    Args:
+        keys: one an item; items whose keys begin alike stay together.
+        sizes: the number of tokens of each item.
+        fn: indices of items -> a result for each of them, something that JSON can hold.
+    """
+    if collectives.world_size() == 1 or _on_this_rank_only.get():
         return list(fn(list(range(len(keys)))))
     order = sorted(range(len(keys)), key=lambda i: keys[i])
-    mine = [order[i] for i in contiguous_split([sizes[i] for i in order], collectives.world_size())[collectives.rank()]]
-    found: dict[int, object] = {}
-    for some in collectives.run_on_all(lambda: list(zip(mine, fn(mine) if mine else (), strict=True))):
-        found |= dict(some)
-    return [found[i] for i in range(len(keys))]
+    parts = contiguous_split([sizes[i] for i in order], collectives.world_size())
+    indices = [order[i] for i in parts[collectives.rank()]]
+    results: dict[int, object] = {}
+    for pairs in collectives.run_on_all(lambda: list(zip(indices, fn(indices) if indices else (), strict=True))):
+        results |= dict(pairs)
+    return [results[i] for i in range(len(keys))]

@@ -30,7 +30,7 @@ class StopSignals:
 
     def __init__(self, on: bool = False):
         self.on = on
-        self.may_leave_now = False
+        self.may_leave_now = False  # whether the handler itself may raise
         self.previous_handlers = {}
         self.local_signal = 0  # number of the signal that this rank got last
         self.agreed_signal: str | None = None  # name of the signal that all ranks know of
@@ -70,35 +70,37 @@ class StopSignals:
             raise Interrupted(self.agreed_signal)
 
     def _leave_if_asked(self) -> None:
+        """Raise Interrupted where nothing has to be finished first and this rank has been asked to stop."""
         if self.may_leave_now and self.local_signal:
             raise Interrupted(self._local_name)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by itself."""
+        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by itself.
+
+        Where a forward needs all ranks, none may leave: the request counts at the end.
+        """
         self.check()
         if collectives.world_size() == 1:
             with self._leaving():
                 yield
             return
-        if self.on:
+        ranks_stay = collectives.forwards_are_exchanges()
+        if self.on and not ranks_stay:
             collectives.local_work = self._leaving
         try:
             yield
         finally:
             collectives.local_work = contextlib.nullcontext
-        if collectives.join_context is not collectives.NO_JOIN:  # which no rank may leave
+        if ranks_stay:
             self.check()
 
     @contextlib.contextmanager
     def _leaving(self) -> Iterator[None]:
-        if collectives.join_context is not collectives.NO_JOIN:
-            yield
-            return
+        """Let the handler raise inside; a request that came before raises first."""
         try:
             self.may_leave_now = True
-            if collectives.world_size() > 1:
-                self._leave_if_asked()
+            self._leave_if_asked()
             yield
         finally:
             self.may_leave_now = False

@@ -117,7 +117,7 @@ def generate(
             grown = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling,
-                synced_gpus=False,  # under fsdp the library would wait for ranks that have no rows left; fsdp.py does
+                synced_gpus=False,  # the library would wait for ranks that have no rows left; run_on_all does
             )  # fmt: skip
             for row, i in enumerate(group):
                 text = tokenizer.decode(grown[row, width:], skip_special_tokens=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
@@ -91,7 +92,7 @@ class ResumableTrainer(Trainer):
         self.unsaved: BaseException | str | None = None  # why the last state is not on the disk
         self.lora_module = None
         self._staging = None
-        self.gathered: dict | None = None  # the model's state in whole tensors, while it is written
+        self.full_state: dict | None = None  # the model's state in whole tensors, while it is written
         super().__init__(*args, **kwargs)
         # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -100,6 +101,11 @@ class ResumableTrainer(Trainer):
     def adapter(self):
         """What is trained beside a frozen model, a `LoRA` or a `PrefixTuning`; None trains parameters of the model."""
         return self.lora_module or trained_prefix(self.model)
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        sharding.prepare_optimizer(self.optimizer)
+        return optimizer
 
     # ---- evaluation ----
 
@@ -135,7 +141,7 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
-        state_dict = state_dict or self.gathered
+        state_dict = state_dict or self.full_state
         output_dir = Path(output_dir or self.args.output_dir)
         if self.adapter:
             self.adapter.save_pretrained(output_dir)
@@ -161,15 +167,18 @@ class ResumableTrainer(Trainer):
             self._write_checkpoint(model, trial)
             return self.state.best_model_checkpoint, self.unsaved and str(self.unsaved)
 
-        with sharding.full_state_dict(self.model, self.optimizer) as self.gathered:
-            self.state.best_model_checkpoint, self.unsaved = collectives.run_on_main(write)
-        self.gathered = None
+        self.state.best_model_checkpoint, self.unsaved = self._write_on_main(write, self.optimizer)
 
     def save_result(self, directory: Path) -> None:
         """Write what was trained, on rank 0."""
-        with sharding.full_state_dict(self.model, None) as self.gathered:
-            collectives.run_on_main(lambda: self.save_model(str(directory)))
-        self.gathered = None
+        self._write_on_main(lambda: self.save_model(str(directory)), None)
+
+    def _write_on_main(self, write: Callable, optimizer):
+        """Call `write` on rank 0, where whole tensors are at hand even if the ranks have divided them."""
+        with sharding.full_state_dict(self.model, optimizer) as self.full_state:
+            result = collectives.run_on_main(write)
+        self.full_state = None
+        return result
 
     def _write_checkpoint(self, model, trial):
         """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""
