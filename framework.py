@@ -1,16 +1,14 @@
 """A model and a task: load, inject adapters, score, train, evaluate, replay.
 
-Reads like a recipe, from `model` to `export`. What a step is stands in trainer.py and zo.py, what a prompt is in
-prompts.py and a score in scoring.py; run.py has the program around it.
+Reads like a recipe, from `model` to `export`. What a step is stands in trainer.py and zo.py, what a prompt is
+in prompts.py and a score in scoring.py; run.py has the program around it.
 """
 
 import copy
 import functools
 import json
 import logging
-import math
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -24,10 +22,11 @@ from cli.machine import keep_pages
 from distributed import collectives, data_parallel, sharding
 from lora import LoRA
 from prefix import PrefixTuning
-from scoring import evaluate, generate, linear_probe, logprobs, metrics, packing, staged_results
-from scoring.linear_probe import LinearProbe
+from scoring import logprobs, metrics, packing, staged_results
+from scoring.evaluate import Evaluator, mean_loss
+from scoring.generate import GenerationSettings
+from scoring.linear_probe import LinearProbe, prompt_states
 from scoring.prompts import EvalBatch, Prompts
-from tasks import GENERATION, METRICS, TEXT
 from trainer import TRAJECTORY, OurTrainer, points_per_forward
 from training import checkpoints
 from utils import UsageError
@@ -37,8 +36,8 @@ logger = logging.getLogger("run")
 
 
 class Framework:
-    """A model and a task, ready to train and to evaluate. The model is loaded when it is first looked at, so that bad
-    data and prompts are refused before."""
+    """A model and a task, ready to train and to evaluate. The model is loaded when it is first looked at, so
+    that bad data and prompts are refused before."""
 
     def __init__(self, args: OurArguments, task):
         self.args, self.task = args, task
@@ -50,7 +49,6 @@ class Framework:
         self.trained, self.evaluated = [], []  # examples, as far as they are known before the model is loaded
         self.estimate: memory_estimate.Estimate | None = None
         self.trainer: OurTrainer | None = None
-        self.probe: LinearProbe | None = None
         self.objective = (
             metrics.find_metric(args.objective) if task and args.objective else None
         )  # a replay has no task
@@ -65,7 +63,30 @@ class Framework:
         front = self.prefix_length  # which takes positions of its own
         self.max_length = load_model.longest_row(self.config, args.max_length + front) - front
         vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
-        self.prompts = Prompts(args, task, self.tokenizer, self.max_length, vocabulary) if task else None
+        self.prompts: Prompts | None = None  # a replay has no task
+        self.evaluator: Evaluator | None = None
+        if task:
+            self.prompts = Prompts(
+                task,
+                self.tokenizer,
+                self.max_length,
+                vocabulary,
+                max_new_tokens=args.max_new_tokens,
+                only_train_option=args.only_train_option,
+                train_as_classification=args.train_as_classification,
+                sfc=args.sfc,
+                icl_sfc=args.icl_sfc,
+                model_name=args.model_name,
+            )
+            self.evaluator = Evaluator(
+                task,
+                self.tokenizer,
+                self.prompts,
+                GenerationSettings(args.eos_token, args.max_new_tokens, args.generating),
+                seed=args.seed,
+                progress=not args.disable_tqdm,
+                verbose=args.verbose,
+            )
 
     @functools.cached_property
     def model(self):
@@ -86,8 +107,8 @@ class Framework:
         load_model.check_offloaded(args, model)
         for source in (self.tokenizer, model.config):
             source.pad_token_id = self.tokenizer.pad_token_id
-        if not args.sharded:
-            self.choose_rows(model)
+        if self.evaluator and not args.sharded:
+            self.evaluator.attach(model)
         if self.prefix_length:
             reparam = args.prefix_tuning and not args.no_reparam
             made = PrefixTuning(model, self.prefix_length, reparam, args.prefix_init_by_real_act, args.seed)
@@ -114,12 +135,6 @@ class Framework:
             self.lora_module.load(args.adapter, args.boosters, keep_current=args.trainer != "none")
         return model
 
-    def choose_rows(self, model) -> None:
-        """Packed rows, or plain ones where the model can't take them."""
-        self.plain = not logprobs.supports_packed_rows(model, self.max_length)
-        if self.plain:
-            logger.warning("%s can't take packed rows: scoring one padded row per candidate", self.args.model_label)
-
     def foresee(self) -> memory_estimate.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""
         args, cpu = self.args, self.args.device.type == "cpu"
@@ -131,101 +146,48 @@ class Framework:
 
         return memory_estimate.estimate_memory(args, self.config, self.trained, self.evaluated, rule, new)
 
-    # ---- scores ----
+    # ---- evaluation ----
 
-    def rows(self, samples, demonstrations=()) -> EvalBatch:
-        """What an evaluation on these samples needs."""
-        rows = self.prompts.rows(samples, demonstrations)
-        self.evaluated += rows.examples
-        return rows
+    def eval_batch(self, samples, demonstrations=()) -> EvalBatch:
+        """Return what an evaluation on these samples needs."""
+        batch = self.prompts.eval_batch(samples, demonstrations)
+        self.evaluated += batch.examples
+        return batch
 
-    def scores(self, rows: EvalBatch, progress: bool = True) -> list[list[float]]:
-        """Score of every candidate: mean log-probability of its tokens; with --sfc, --icl_sfc the calibrated sum; with
-        --linear_probing what the probe says."""
-        if self.probe:
-            states = linear_probe.prompt_states(self.model, rows.examples, self.plain, progress)
-            return self.probe.scores(states, len(rows.examples[0].encodings))
-        score = functools.partial(evaluate.score_over_ranks, self.model, plain=self.plain)
-        sums = score(rows.examples, progress=progress)
-        if rows.prior is None:
-            lens = [x.option_lens for x in rows.examples]
-            return [[s / n for s, n in zip(a, b, strict=True)] for a, b in zip(sums, lens, strict=True)]
-        keys = [tuple(map(tuple, x.encodings)) for x in rows.prior]
-        distinct = dict(zip(keys, rows.prior, strict=True))  # most tasks have one calibration prompt for all rows
-        priors = dict(zip(distinct, score(list(distinct.values())), strict=True))
-        return [[s - p for s, p in zip(a, priors[key], strict=True)] for a, key in zip(sums, keys, strict=True)]
+    def predict(self, batch: EvalBatch, progress: bool = True) -> list[dict]:
+        """Return the prediction for each example, see `Evaluator.predict`."""
+        return self.loaded_evaluator().predict(batch, progress)
 
-    def predict(self, rows: EvalBatch, progress: bool = True) -> list[dict]:
-        """One dict per example: `id`, and `scores`, `prediction`, `gold`, `loss` of options (the cross-entropy of the
-        right one), `prediction` and `gold` of generated answers, `logprob` and `tokens` of texts."""
-        args, progress = self.args, progress and not self.args.disable_tqdm
-        golds = [sample.correct_candidate for sample in rows.samples]
-        if self.task.kind == GENERATION:
-            prompts = [x.encodings[0] for x in rows.examples]
-            answer = functools.partial(
-                generate.generate, self.model, self.tokenizer, eos_token=args.eos_token,
-                max_new_tokens=args.max_new_tokens, cached=not self.plain, seed=args.seed + collectives.rank(),
-                progress=progress, **args.generating,
-            )  # fmt: skip
-            answers = data_parallel.map_over_ranks(
-                prompts, [len(p) for p in prompts], lambda some: answer([prompts[i] for i in some])
-            )
-            found = [{"prediction": a, "gold": gold} for a, gold in zip(answers, golds, strict=True)]
-        else:
-            found = []
-            for sample, x, row in zip(rows.samples, rows.examples, self.scores(rows, progress), strict=True):
-                if self.task.kind == TEXT:
-                    found.append({"logprob": row[0] * x.option_lens[0], "tokens": x.option_lens[0]})
-                    continue
-                best, loss = row.index(max(row)), -torch.tensor(row).log_softmax(0)[x.label].item()
-                found.append({"candidates": sample.candidates, "scores": row, "prediction": sample.candidates[best]})
-                found[-1] |= {"gold": sample.correct_candidate, "loss": loss}
-        if args.verbose:
-            text = self.tokenizer.decode(rows.examples[0].encodings[0])
-            logger.info("first prompt, as the model sees it: %r; %s", text, found[0])
-        return [{"id": sample.id, **one} for sample, one in zip(rows.samples, found, strict=True)]
+    def evaluate(self, batch: EvalBatch, progress: bool = True) -> dict[str, float]:
+        """Return the metrics of the predictions, see `Evaluator.metrics`."""
+        return self.loaded_evaluator().evaluate(batch, progress)
 
-    def metrics(self, found: list[dict]) -> dict[str, float]:
-        """The numbers of what was predicted: accuracy (fraction) and mean loss; f1 and em; loss and perplexity."""
-        if self.task.kind == TEXT:
-            loss = -sum(one["logprob"] for one in found) / sum(one["tokens"] for one in found)
-            return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-        predictions, golds = ([one[name] for one in found] for name in ("prediction", "gold"))
-        if self.task.kind == GENERATION:
-            return {name: metrics.find_metric(name)(predictions, golds) for name in METRICS[GENERATION]}
-        measured = {"accuracy": metrics.accuracy(predictions, golds)}
-        if self.task.metric_name == "macro_f1":
-            measured["macro_f1"] = metrics.macro_f1(predictions, golds)
-        return {**measured, "loss": fmean(one["loss"] for one in found)}
-
-    def evaluate(self, rows: EvalBatch, progress: bool = True) -> dict[str, float]:
-        return self.metrics(self.predict(rows, progress))
+    def loaded_evaluator(self) -> Evaluator:
+        """Load the model, if it is not loaded yet, and return what evaluates it."""
+        _ = self.model
+        return self.evaluator
 
     # ---- training ----
 
     def fit_probe(self, train_samples) -> None:
-        """`--linear_probing`: fit on the training rows; no weight of the model changes."""
-        args, examples = self.args, self.prompts.examples(train_samples)
-        states = linear_probe.prompt_states(self.model, examples, self.plain, progress=not args.disable_tqdm)
-        self.probe = LinearProbe(states, [x.label for x in examples], args.lp_early_stopping, args.seed)
-
-    def objective_loss(self, rows: EvalBatch, model, inputs) -> torch.Tensor:
-        """`--objective`: minus what it says of the model's predictions on the rows of a batch; fp32, no gradient."""
-        some = EvalBatch(*([part[i] for i in inputs["row"].tolist()] if part else None for part in rows))
-        with data_parallel.on_this_rank_only():
-            found = self.predict(some, progress=False)
-        value = self.objective([one["prediction"] for one in found], [one["gold"] for one in found])
-        return torch.tensor(-float(value))
+        """Fit the classifier of `--linear_probing` on the training rows; no weight of the model changes."""
+        examples = self.prompts.examples(train_samples)
+        evaluator = self.loaded_evaluator()
+        states = prompt_states(evaluator.model, examples, evaluator.plain_rows, evaluator.progress)
+        labels = [x.label for x in examples]
+        evaluator.probe = LinearProbe(states, labels, self.args.lp_early_stopping, self.args.seed)
 
     def train(self, train_samples, dev_rows: EvalBatch, output_dir: Path, signals=None) -> None:
-        """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked).
+        """Train, or go on, or see that it is done already; leaves the trained model (the best one, where
+        asked).
 
-        Raises checkpoint.Interrupted where a signal has ended the run, Unsaved where its end is not on the disk.
+        Raises checkpoint.Interrupted where a signal has ended the run, Unsaved where its end is not on the
+        disk.
         """
         args = copy.copy(self.args)
         args.output_dir = str(output_dir)
-        self.trained = examples = self.prompts.learned(train_samples)
-        dev_examples = self.prompts.learned(dev_rows.samples) if args.xgblora_adaptive else []
+        self.trained = examples = self.prompts.training_examples(train_samples)
+        dev_examples = self.prompts.training_examples(dev_rows.samples) if args.xgblora_adaptive else []
         if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
             every = self.task.samples["train"]
             if len({str(sample.correct_candidate) for sample in every}) == 1:
@@ -247,7 +209,9 @@ class Framework:
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
-            dev_loss_fn=lambda model: evaluate.mean_loss(model, dev_examples, args.train_as_classification, self.plain),
+            dev_loss_fn=lambda model: mean_loss(
+                model, dev_examples, args.train_as_classification, self.evaluator.plain_rows
+            ),
             settings=settings,
             signals=signals,
         )
@@ -256,7 +220,7 @@ class Framework:
             logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
         else:
             if args.zo_cache_activations:
-                trainer.cache_activations(self.plain)
+                trainer.cache_activations(self.evaluator.plain_rows)
             if args.zo_check:
                 trainer.check()
             if found:
@@ -275,16 +239,21 @@ class Framework:
         model.eval()
 
     def lesson(self, train_samples, examples) -> dict:
-        """What is learned, as the trainer takes it: rows (with `--objective` their numbers), how a batch of them is
-        packed, and its loss."""
+        """What is learned, as the trainer takes it: rows (with `--objective` their numbers), how a batch of
+        them is packed, and its loss."""
         args = self.args
         if self.objective:
+            batch = self.eval_batch(train_samples)
             dataset = list(range(len(examples)))
-            pack, weigh, size = lambda rows: {"row": torch.tensor(rows)}, len, lambda i: packing.num_tokens(examples[i])
-            loss_fn = functools.partial(self.objective_loss, self.rows(train_samples))
+            pack = lambda rows: {"row": torch.tensor(rows)}  # noqa: E731
+            weigh = len
+            size = lambda i: packing.num_tokens(examples[i])  # noqa: E731
+            loss_fn = functools.partial(self.evaluator.objective_loss, self.objective, batch)
         else:
-            dataset, pack, size = examples, functools.partial(packing.pack, plain=self.plain), packing.num_tokens
+            dataset = examples
+            pack = functools.partial(packing.pack, plain_rows=self.evaluator.plain_rows)
             weigh = functools.partial(packing.loss_terms, classification=args.train_as_classification)
+            size = packing.num_tokens
             loss_fn = functools.partial(logprobs.loss, classification=args.train_as_classification)
         share = data_parallel.ShardingCollator(pack, weigh, size, args.zo_parallel == "data", in_step=args.sharded)
         return {"train_dataset": dataset, "data_collator": share, "loss_fn": loss_fn}
@@ -293,7 +262,7 @@ class Framework:
         """From here on a rank has a part of each weight, on its device."""
         keep_pages(False)  # a layer that comes and goes leaves holes, which soon take more than the whole model
         sharding.shard_model(self.model, self.lora_module or prefix.trained_prefix(self.model), self.args.device)
-        self.choose_rows(self.model)
+        self.evaluator.attach(self.model)
 
     def best_stage(self, dev_rows: EvalBatch) -> int:
         """`--xgblora_best`: how many of the boosters do best on the dev rows."""

@@ -74,8 +74,8 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     demonstrations = [] if args.learns else train_samples
     if train_set is None and args.num_train:  # a demonstration set for every example
         demonstrations = [task.sample_subset("train", i, args.num_train) for i in range(len(eval_samples))]
-    eval_rows = None if args.no_eval else framework.rows(eval_samples, demonstrations)
-    dev_rows = framework.rows(dev_samples)
+    eval_rows = None if args.no_eval else framework.eval_batch(eval_samples, demonstrations)
+    dev_rows = framework.eval_batch(dev_samples)
     measured, start, cpu = {"train_set": train_set}, time.perf_counter(), time.process_time()
     with stop_signals.StopSignals(args.save_on_interrupt and trains) as signals:
         if trains:
@@ -109,7 +109,7 @@ def evaluate_and_write(
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
         found = framework.predict(eval_rows)
-        measured |= framework.metrics(found)
+        measured |= framework.evaluator.metrics(found)
         if args.predictions and collectives.is_main_process():
             path = Path(args.predictions)
             lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)

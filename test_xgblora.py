@@ -12,8 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from cli import arguments
 from lora import LoRA
-from scoring.logprobs import loss
-from scoring.packing import Example, pack
+from scoring import Example, loss, pack
 from trainer import OurTrainer
 from zo.optimizer import ZerothOrder
 

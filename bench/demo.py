@@ -85,12 +85,12 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     measured = {"train_set": seed, "forward_passes": 0, "log": []}
     if trains:
         rows = made.task.sample_subset("train", seed, TRAIN + DEV)
-        made.train(rows[:TRAIN], made.rows(rows[TRAIN:]), OUT / name)
+        made.train(rows[:TRAIN], made.eval_batch(rows[TRAIN:]), OUT / name)
         measured |= {"forward_passes": made.trainer.forward_passes, "log": made.trainer.state.log_history}
     measured["train_seconds"] = round(time.perf_counter() - start, 1)
     validation = made.task.sample_subset("validation", 0, sys.maxsize)
     golds = [s.correct_candidate for s in validation]
-    scores = made.scores(made.rows(validation))
+    scores = made.loaded_evaluator().score(made.eval_batch(validation))
     prior = logprobs.score(made.model, made.prompts.examples(validation[:1], sfc=True))[0]
     margins = [b - a for a, b in scores]
     measured |= {

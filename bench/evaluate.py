@@ -85,7 +85,7 @@ def framework_of(args, task: str, dtype: str = "float32", model=None):
         run.parse([*flags, f"--load_bfloat16={dtype == 'bfloat16'}"]), run.get_task(task, args.data_dir)
     )
     if model is not None:
-        framework.model, framework.plain = model, False
+        framework.model = framework.evaluator.model = model
     framework.stops = generate.stop_ids(framework.tokenizer, "\n") if framework.task.generation else None
     return framework
 
@@ -98,7 +98,7 @@ def sides(framework, demos: int, n_ours: int, n_plain: int):
     rounds = iter(range(10**6))
 
     def ours() -> int:
-        framework.evaluate(framework.rows(samples, shots))
+        framework.evaluate(framework.eval_batch(samples, shots))
         return len(samples)
 
     def plain() -> int:

@@ -126,7 +126,7 @@ def zero_shot(args) -> None:
     task = run.get_task(args.task, args.data_dir)
     made = run.Framework(run.parse(common(args, 0)), task)
     samples = task.sample_subset("validation", 0, sys.maxsize)
-    margins = [b - a for a, b in made.scores(made.rows(samples))]
+    margins = [b - a for a, b in made.loaded_evaluator().score(made.eval_batch(samples))]
     golds = [s.correct_candidate for s in samples]
     right = fmean((m > 0) == g for m, g in zip(margins, golds, strict=True))
     print(f"zero-shot {100 * right:.1f}, at the best threshold {100 * best_threshold_accuracy(margins, golds):.1f}")

@@ -1,9 +1,10 @@
-"""Answers in the model's own words, for tasks without options: batched, left-padded, through `model.generate`.
+"""Generate answers, for tasks without options: batched, left-padded, through `model.generate`.
 
 What all prompts begin with (shared demonstrations) goes through the model once, into a key-value cache.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +16,59 @@ from scoring.logprobs import encode_shared_prefix
 from scoring.packing import MAX_TOKENS, MIN_SHARED_TOKENS, common_prefix_len, split_by_prefix
 from utils import input_device
 
-MAX_CACHE_BYTES = (
-    192 * 2**20
-)  # bytes of keys and values that a batch may hold, or a quarter of the weights where that is more
+# Bytes of keys and values that a batch may hold, or a quarter of the weights where that is more.
+MAX_CACHE_BYTES = 192 * 2**20
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated.
+
+    Attributes:
+        eos_token: the text that ends an answer.
+        max_new_tokens: the most tokens of an answer.
+        sampling: further arguments of `model.generate`: `do_sample`, `num_beams`, `temperature`, `top_k`,
+            `top_p`.
+    """
+
+    eos_token: str = "\n"
+    max_new_tokens: int = 50
+    sampling: dict = field(default_factory=dict)
 
 
 class BufferLayer(DynamicLayer):
-    """Keys and values of one layer [R, heads, tokens, D], written into a buffer: the library's own cache is copied anew
-    with every token, a fifth of the time that an answer takes on a CPU. What all rows begin with is kept once."""
+    """Keys and values of one layer, written into a buffer [R, heads, capacity, D].
+
+    The library copies its cache anew with every token: a fifth of an answer's time on a CPU.
+
+    Args:
+        capacity: tokens that the buffer holds.
+        shared: keys and values [1, heads, tokens, D] of what all rows begin with, which are kept once.
+    """
 
     def __init__(self, capacity: int, shared: tuple[Tensor, Tensor] | None = None):
         super().__init__()
-        self.capacity, self.shared, self.buffers, self.length = capacity, shared, None, 0
+        self.capacity = capacity
+        self.shared = shared
+        self.buffers: list[Tensor] | None = None  # of keys and of values
+        self.length = 0
 
     def update(self, keys, values, *args, **kwargs):
+        """Append keys and values [R, heads, new tokens, D]; return all of them so far."""
         rows, heads, new, _ = keys.shape
         if self.buffers is None:
             self.is_initialized = True
-            self.buffers = [part.new_empty(rows, heads, self.capacity, part.shape[-1]) for part in (keys, values)]
+            size = (rows, heads, self.capacity)
+            self.buffers = [part.new_empty(*size, part.shape[-1]) for part in (keys, values)]
         for buffer, part in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, self.length : self.length + new] = part
         self.length += new
-        own = [buffer[:, :, : self.length] for buffer in self.buffers]
+        written = [buffer[:, :, : self.length] for buffer in self.buffers]
         if self.shared is None:
-            return tuple(own)
+            return tuple(written)
         return tuple(
-            torch.cat([kept.to(part.device).expand(rows, -1, -1, -1), part], dim=-2)
-            for kept, part in zip(self.shared, own, strict=True)
+            torch.cat([shared.to(part.device).expand(rows, -1, -1, -1), part], dim=-2)
+            for shared, part in zip(self.shared, written, strict=True)
         )
 
     def get_seq_length(self) -> int:
@@ -49,13 +76,16 @@ class BufferLayer(DynamicLayer):
 
 
 def stop_ids(tokenizer, eos_token: str) -> list[int]:
-    """Every token that ends an answer: the end of text, and those with `eos_token` in them ("\\n\\n" for "\\n")."""
+    """Return every token that ends an answer: the end of text, and those that contain `eos_token`."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
     return sorted({i for i, text in enumerate(texts) if eos_token in text} | {tokenizer.eos_token_id})
 
 
 def prompt_batches(prompts: Sequence[Sequence[int]], new: int, budget: int) -> list[list[int]]:
-    """Indices of prompts, longest first, in groups whose padded rows hold at most `budget` tokens, or of one row."""
+    """Return the indices of prompts, longest first, in groups whose padded rows hold at most `budget` tokens.
+
+    A row is a prompt and `new` tokens behind it. A group has one row at least.
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         if groups and (len(groups[-1]) + 1) * (len(prompts[groups[-1][0]]) + new) <= budget:
@@ -67,60 +97,120 @@ def prompt_batches(prompts: Sequence[Sequence[int]], new: int, budget: int) -> l
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, tokenizer, prompts: Sequence[list[int]], eos_token: str = "\n", max_new_tokens: int = 50,
-    budget: int = MAX_CACHE_BYTES, cached: bool = True, seed: int = 0, progress: bool = False, **sampling,
-) -> list[str]:  # fmt: skip
-    """The answer to each prompt, in order, up to `eos_token`; `sampling` goes to `model.generate` (greedy without).
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    eos_token: str = "\n",
+    max_new_tokens: int = 50,
+    budget: int = MAX_CACHE_BYTES,
+    cached: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+    **sampling,
+) -> list[str]:
+    """Return the answer to each prompt, in order, up to `eos_token`.
 
-    Greedy answers don't depend on the batch, up to ties within float rounding; samples are drawn with a generator
-    state of their own, by `seed`.
+    Greedy answers don't depend on the batch, up to ties within float rounding. Samples are drawn with a
+    generator state of their own.
+
+    Args:
+        prompts: token ids of each prompt.
+        budget: bytes of keys and values that a batch may hold.
+        cached: use a cache of our own, where what all prompts begin with stands once; not with beams.
+        seed: of the samples.
+        sampling: goes to `model.generate`; greedy without.
     """
     model.eval()
     split = split_by_prefix(prompts) if cached else []
     if len(split) > 1:
-        found, same = {}, {"eos_token": eos_token, "max_new_tokens": max_new_tokens, "budget": budget, **sampling}
+        settings = {"budget": budget, "seed": seed, "progress": progress, **sampling}
+        answers_by_index: dict[int, str] = {}
         for part in split:
-            some = [prompts[i] for i in part]
-            found |= zip(part, generate(model, tokenizer, some, seed=seed, progress=progress, **same), strict=True)
-        return [found[i] for i in range(len(prompts))]
-    device = input_device(model)
-    beams, prefix = sampling.get("num_beams", 1), trained_prefix(model)
-    own_cache, shared, tokens = cached and beams == 1, 0, MAX_TOKENS // beams
-    if own_cache:
-        shared = min(common_prefix_len(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
-        shared = shared if shared >= MIN_SHARED_TOKENS and len(prompts) > 1 else 0
-        begun = encode_shared_prefix(model, prompts[0][: shared or int(not prefix)])
-        per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in begun.layers) // begun.get_seq_length()
-        tokens = max(budget, sum(p.nbytes for p in model.parameters()) // 4) // per_token
-    if prefix:  # tokens that nothing reads stand for it
-        prompts = [[tokenizer.pad_token_id] * prefix.length + ids for ids in prompts]
-        shared += prefix.length
-    stops = stop_ids(tokenizer, eos_token)
-    answers = [""] * len(prompts)
+            part_prompts = [prompts[i] for i in part]
+            answers = generate(model, tokenizer, part_prompts, eos_token, max_new_tokens, **settings)
+            answers_by_index |= zip(part, answers, strict=True)
+        return [answers_by_index[i] for i in range(len(prompts))]
+    settings = GenerationSettings(eos_token, max_new_tokens, sampling)
     bar = tqdm(total=len(prompts), unit="ex", disable=not progress, desc="generating", leave=False)
     with bar, torch.random.fork_rng():
         torch.manual_seed(seed)
-        for group in prompt_batches([ids[shared:] for ids in prompts], max_new_tokens, tokens):
-            width = max(len(prompts[i]) for i in group)
-            ids = torch.full((len(group), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(group):  # what is shared, filling, the rest of the prompt
-                for part in (slice(0, shared), slice(shared - len(prompts[i]), None)):
-                    ids[row, part] = torch.tensor(prompts[i][part], dtype=ids.dtype)
-                    mask[row, part] = 1
-            if own_cache:
-                kept = [(layer.keys, layer.values) if shared else None for layer in begun.layers]
-                capacity = width - shared + max_new_tokens
-                sampling["past_key_values"] = Cache([BufferLayer(capacity, some) for some in kept])
-            elif prefix:
-                sampling["past_key_values"] = prefix.growing_cache(model, len(group) * beams)
-            grown = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
-                eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **sampling,
-                synced_gpus=False,  # the library would wait for ranks that have no rows left; run_on_all does
-            )  # fmt: skip
-            for row, i in enumerate(group):
-                text = tokenizer.decode(grown[row, width:], skip_special_tokens=True)
-                answers[i] = text.split(eos_token)[0].strip()
-            bar.update(len(group))
+        return _generate_batches(model, tokenizer, prompts, settings, budget, cached, bar)
+
+
+def _generate_batches(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    settings: GenerationSettings,
+    budget: int,
+    cached: bool,
+    bar: tqdm,
+) -> list[str]:
+    """Return the answer to each prompt, in order; arguments as of `generate`."""
+    pad = tokenizer.pad_token_id
+    new = settings.max_new_tokens
+    beams = settings.sampling.get("num_beams", 1)
+    prefix = trained_prefix(model)
+    device = input_device(model)
+    cache, shared, tokens = None, 0, MAX_TOKENS // beams
+    if cached and beams == 1:
+        shared = _shared_prompt_len(prompts)
+        # where nothing is shared, the first token shows how many bytes a token takes
+        cache = encode_shared_prefix(model, prompts[0][: shared or int(not prefix)])
+        tokens = _tokens_within(budget, model, cache)
+    if prefix:  # tokens that nothing reads stand for it
+        prompts = [[pad] * prefix.length + ids for ids in prompts]
+        shared += prefix.length
+    arguments = {
+        "max_new_tokens": new,
+        "eos_token_id": stop_ids(tokenizer, settings.eos_token),
+        "pad_token_id": pad,
+        # the library would wait for ranks that have no rows left; `run_on_all` does that
+        "synced_gpus": False,
+        **settings.sampling,
+    }
+    answers = [""] * len(prompts)
+    for group in prompt_batches([ids[shared:] for ids in prompts], new, tokens):
+        ids, mask = _pad_prompts([prompts[i] for i in group], shared, pad)
+        width = ids.shape[1]
+        if cache:
+            arguments["past_key_values"] = _buffer_cache(cache, width - shared + new, shared > 0)
+        elif prefix:
+            arguments["past_key_values"] = prefix.growing_cache(model, len(group) * beams)
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **arguments)
+        for row, i in enumerate(group):
+            text = tokenizer.decode(output[row, width:], skip_special_tokens=True)
+            answers[i] = text.split(settings.eos_token)[0].strip()
+        bar.update(len(group))
     return answers
+
+
+def _shared_prompt_len(prompts: Sequence[list[int]]) -> int:
+    """Return how many tokens all prompts begin with, short of their last; 0 below what a cache is worth."""
+    shared = min(common_prefix_len(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
+    return shared if shared >= MIN_SHARED_TOKENS and len(prompts) > 1 else 0
+
+
+def _tokens_within(budget: int, model: nn.Module, cache: Cache) -> int:
+    """Return how many tokens' keys and values fit into `budget` bytes, or a quarter of the weights."""
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    return max(budget, weight_bytes // 4) // (cache_bytes // cache.get_seq_length())
+
+
+def _buffer_cache(cache: Cache, capacity: int, is_shared: bool) -> Cache:
+    """Return a cache with room for so many tokens a row, behind what `cache` holds where that is shared."""
+    shared = [(layer.keys, layer.values) if is_shared else None for layer in cache.layers]
+    return Cache(layers=[BufferLayer(capacity, keys_and_values) for keys_and_values in shared])
+
+
+def _pad_prompts(prompts: Sequence[list[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask [R, N] int64 of prompts: what they share, filling, the rest of each prompt."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        for part in (slice(0, shared), slice(shared - len(prompt), None)):
+            ids[row, part] = torch.tensor(prompt[part], dtype=ids.dtype)
+            mask[row, part] = 1
+    return ids, mask

@@ -1,4 +1,10 @@
-"""TODO scoring.logprobs."""
+"""Log-probabilities of options under a model: the one path that training losses and evaluation both take.
+
+A packed batch (`packing.py`) goes through the model in one forward, and only the logits that are read are
+computed. What all examples begin with (shared demonstrations) goes in first, into a key-value cache. A score
+equals the plain computation, one row for each candidate, to float rounding; `supports_packed_rows` finds out
+whether a model can do this.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -25,89 +31,135 @@ from utils import input_device
 
 
 def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
-    """[R, 1, N, cached + N], additive: 0 where a token (third axis) sees another (last axis), the dtype's minimum
-    elsewhere. A token sees itself, those above it in its tree, and all that lies in the cache."""
+    """Return the additive mask of packed rows.
+
+    A token sees itself, the tokens above it in its tree, and the whole cache.
+
+    Args:
+        end: [R, N] int64, the column where the part of the tree below each token ends.
+        cached: number of tokens in the key-value cache.
+
+    Returns:
+        [R, 1, N, cached + N]: 0 where a token (third axis) sees another (last axis), otherwise the dtype's
+            minimum.
+    """
     column = torch.arange(end.shape[1], device=end.device)
-    sees = (column[:, None] >= column) & (column[:, None] < end[:, None, :])  # [R, N, N]
+    visible = (column[:, None] >= column) & (column[:, None] < end[:, None, :])  # [R, N, N]
     mask = torch.zeros((len(end), end.shape[1], cached + end.shape[1]), dtype=dtype, device=end.device)
-    mask[..., cached:].masked_fill_(~sees, torch.finfo(dtype).min)
+    mask[..., cached:].masked_fill_(~visible, torch.finfo(dtype).min)
     return mask[:, None]
 
 
 @torch.inference_mode()
 def encode_shared_prefix(model: nn.Module, ids: list[int]) -> Cache:
-    """Keys and values of what all rows begin with: the trained prefix, where there is one, and these tokens, which one
-    forward encodes. The cache serves any number of rows."""
+    """Return the keys and values of what all rows begin with, for any number of rows.
+
+    That is the trained prefix, where the model has one, and these tokens, which one forward encodes.
+    """
     prefix = trained_prefix(model)
     if not ids:
         return prefix.shared_cache(model.dtype)
     device = input_device(model)
     head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))  # nobody reads the logits
+    # nothing reads the logits: the head computes those of the last token alone
+    hook = head.register_forward_pre_hook(lambda head, args: (args[0][:, -1:], *args[1:]))
     try:
-        grown = prefix.growing_cache(model) if prefix else DynamicCache(config=model.config)
-        model(input_ids=torch.tensor([ids], device=device), past_key_values=grown, use_cache=True)
+        cache = prefix.growing_cache(model) if prefix else DynamicCache(config=model.config)
+        model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
     finally:
         hook.remove()
-    return Cache(layers=[SharedCacheLayer(layer.keys, layer.values) for layer in grown.layers])
+    return Cache(layers=[SharedCacheLayer(layer.keys, layer.values) for layer in cache.layers])
 
 
-def token_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
-    """[copies, T] fp32: log-probability of every option token of a packed batch; one forward.
+def token_logprobs(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    cache: Cache | None = None,
+    copies: int = 1,
+) -> Tensor:
+    """Return the log-probability of every option token of a packed batch; one forward.
 
-    The rows go in `copies` times, one behind the other, for a model that shows each copy weights of its own. The cache
-    holds what all rows begin with, see `beginning`; positions count from behind a trained prefix.
+    Args:
+        batch: see `packing.to_tensors`.
+        cache: what all rows begin with, see `encode_shared_prefix`. Positions count from behind a trained
+            prefix.
+        copies: the rows go in so many times, one behind the other, for a model that perturbs each copy by
+            itself.
+
+    Returns:
+        [copies, T] fp32.
     """
-    ids, columns, prefix = batch["input_ids"], batch["read_column"], trained_prefix(model)
+    prefix = trained_prefix(model)
     if prefix and not cache:
         cache = prefix.shared_cache(model.dtype)
-    cached, front = cache.get_seq_length() if cache else 0, prefix.length if prefix else 0
+    cached = cache.get_seq_length() if cache else 0
     if "end" in batch:
-        mask = attention_mask(batch["end"], cached, model.dtype).repeat(copies, 1, 1, 1)
-        inputs = {"attention_mask": mask, "position_ids": (batch["position_ids"] + front).repeat(copies, 1)}
+        mask = attention_mask(batch["end"], cached, model.dtype)
+        positions = batch["position_ids"] + (prefix.length if prefix else 0)
+        inputs = {"attention_mask": mask.repeat(copies, 1, 1, 1), "position_ids": positions.repeat(copies, 1)}
     else:
         mask = nn.functional.pad(batch["attention_mask"], (cached, 0), value=1)
         inputs = {"attention_mask": mask.repeat(copies, 1)}
 
-    def read(head, args):  # hidden states [copies · R, N, D] -> [copies, M, D]: the logits stay in the model's hands
-        rows, at = (index.to(args[0].device) for index in (batch["read_row"], columns))
-        return (args[0].unflatten(0, (copies, -1))[:, rows, at], *args[1:])
+    def select_places(head, args):
+        """Give the head the hidden states [copies, M, D] that are read, out of [copies · R, N, D]."""
+        rows, columns = (batch[name].to(args[0].device) for name in ("read_row", "read_column"))
+        return (args[0].unflatten(0, (copies, -1))[:, rows, columns], *args[1:])
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(read)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select_places)
     try:
-        outputs = model(input_ids=ids.repeat(copies, 1), past_key_values=cache, use_cache=False, **inputs)
+        outputs = model(
+            input_ids=batch["input_ids"].repeat(copies, 1), past_key_values=cache, use_cache=False, **inputs
+        )
         logits = outputs.logits.float()  # [copies, M, V]
     finally:
         hook.remove()
-    return logits[:, batch["token_read"], batch["token_target"]] - logits.logsumexp(-1)[:, batch["token_read"]]
+    places = batch["token_read"]
+    return logits[:, places, batch["token_target"]] - logits.logsumexp(-1)[:, places]
 
 
-def option_logprobs(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None, copies: int = 1) -> Tensor:
-    """[copies, O] fp32: log-probability of every option."""
+def option_logprobs(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    cache: Cache | None = None,
+    copies: int = 1,
+) -> Tensor:
+    """Return the log-probability of every option, [copies, O] fp32; arguments as of `token_logprobs`."""
     logprobs = token_logprobs(model, batch, cache, copies)
     if logprobs.device.type == "mps":  # which has no `segment_reduce`
-        return logprobs.new_zeros(copies, len(batch["option_lens"])).index_add(1, batch["token_option"], logprobs)
-    # tokens lie in the order of the options; `index_add` would add them up in another order each time on a GPU
+        sums = logprobs.new_zeros(copies, len(batch["option_lens"]))
+        return sums.index_add(1, batch["token_option"], logprobs)
+    # tokens lie in the order of the options; on a GPU `index_add` would sum them in another order each time
     return torch.segment_reduce(logprobs.T.contiguous(), "sum", lengths=batch["option_lens"], unsafe=True).T
 
 
 def option_hidden_states(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
-    """[1, O, D] fp32: what comes to the head where it predicts the token of each option, which has one."""
-    found: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: found.append(args[0]))
+    """Return what comes to the head where it predicts each option of one token, [1, O, D] fp32."""
+    inputs_of_head: list[Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda head, args: inputs_of_head.append(args[0]))
     try:
         option_logprobs(model, batch, cache)
     finally:
         hook.remove()
-    states = found[0].to(batch["read_row"].device)[batch["read_row"], batch["read_column"]][batch["token_read"]].float()
+    rows, columns = batch["read_row"], batch["read_column"]
+    states = inputs_of_head[0].to(rows.device)[rows, columns][batch["token_read"]].float()
     return torch.zeros_like(states).index_copy(0, batch["token_option"], states)[None]
 
 
-def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copies: int | None = None) -> Tensor:
-    """0-dim fp32 training loss of a packed batch; with `copies`, [copies] of them, see `token_logprobs`.
+def loss(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    classification: bool,
+    copies: int | None = None,
+) -> Tensor:
+    """Return the training loss of a packed batch, 0-dim fp32, or [copies] where `copies` is given.
 
-    `classification`: cross-entropy over the options of each example, whose scores are the mean log-probabilities of
-    their tokens. Otherwise language modelling: the mean negative log-probability of all option tokens of the batch.
+    Args:
+        classification: cross-entropy over the options of each example, whose scores are the mean
+            log-probabilities of their tokens. Otherwise language modelling: the mean negative log-probability
+            of all option tokens of the batch.
+        copies: see `token_logprobs`.
     """
     n = copies or 1
     if not classification:
@@ -116,66 +168,77 @@ def loss(model: nn.Module, batch: dict[str, Tensor], classification: bool, copie
         means = option_logprobs(model, batch, copies=n) / batch["option_lens"]
         scores = means.new_full((n, len(batch["label"]), int(batch["option_index"].max()) + 1), -torch.inf)
         scores[:, batch["option_example"], batch["option_index"]] = means
-        each = nn.functional.cross_entropy(scores.flatten(0, 1), batch["label"].repeat(n), reduction="none")
-        losses = each.unflatten(0, (n, -1)).mean(1)
+        labels = batch["label"].repeat(n)
+        example_losses = nn.functional.cross_entropy(scores.flatten(0, 1), labels, reduction="none")
+        losses = example_losses.unflatten(0, (n, -1)).mean(1)
     return losses if copies else losses[0]
 
 
 @torch.inference_mode()
 def score(
-    model: nn.Module, examples: Sequence[Example], budget: int = MAX_TOKENS, plain: bool = False, progress: bool = False,
+    model: nn.Module,
+    examples: Sequence[Example],
+    budget: int = MAX_TOKENS,
+    plain_rows: bool = False,
+    progress: bool = False,
     read: Callable | None = None,
-) -> list[list[float]]:  # fmt: skip
-    """Log-probability of each option of each example, in input order; the model is left in eval mode. `read` may take
-    something else of each option than its log-probability.
+) -> list[list]:
+    """Return the log-probability of each option of each example, in input order.
 
-    Raises FloatingPointError where the model gives NaN, which a comparison of scores would hide.
+    The model is left in evaluation mode.
+
+    Args:
+        budget: tokens of one forward.
+        read: function of (model, batch, cache) -> [1, O, …] that takes the place of `option_logprobs`.
+
+    Raises:
+        FloatingPointError: the model gives NaN, which a comparison of scores would hide.
     """
     model.eval()
-    split = [] if plain else split_by_prefix([x.encodings[0] for x in examples])
+    split = [] if plain_rows else split_by_prefix([x.encodings[0] for x in examples])
     if len(split) > 1:
-        found = {}
+        scores_by_index: dict[int, list] = {}
         for part in split:
-            found |= zip(part, score(model, [examples[i] for i in part], budget, plain, progress, read), strict=True)
-        return [found[i] for i in range(len(examples))]
+            part_scores = score(model, [examples[i] for i in part], budget, plain_rows, progress, read)
+            scores_by_index |= zip(part, part_scores, strict=True)
+        return [scores_by_index[i] for i in range(len(examples))]
     device = input_device(model)
-    start = 0 if plain else shared_prefix_len(examples)
+    read = read or option_logprobs
+    start = 0 if plain_rows else shared_prefix_len(examples)
     cache = encode_shared_prefix(model, examples[0].encodings[0][:start]) if start else None
-    sums: dict[tuple[int, int], float] = {}
+    values: dict[tuple[int, int], float] = {}
     with tqdm(total=len(examples), unit="ex", disable=not progress, desc="evaluating", leave=False) as bar:
-        for group in batch_trees(build_trees(examples, plain, start), budget, MAX_READS, padded=plain):
-            batch = {name: tensor.to(device) for name, tensor in to_tensors(examples, group, plain).items()}
-            sums |= zip(option_keys(group), (read or option_logprobs)(model, batch, cache)[0].tolist(), strict=True)
-            bar.update(sum(k == 0 for _, k in option_keys(group)))
-    scores = [[sums[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
-    if any(value != value for values in scores for value in values):
+        forest = build_trees(examples, plain_rows, start)
+        for group in batch_trees(forest, budget, MAX_READS, padded=plain_rows):
+            tensors = to_tensors(examples, group, plain_rows)
+            batch = {name: tensor.to(device) for name, tensor in tensors.items()}
+            keys = option_keys(group)
+            values |= zip(keys, read(model, batch, cache)[0].tolist(), strict=True)
+            bar.update(sum(k == 0 for _, k in keys))
+    scores = [[values[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
+    if any(value != value for row in scores for value in row):
         raise FloatingPointError("the model gives NaN as the log-probability of an option")
     return scores
 
 
 def supports_packed_rows(model: nn.Module, longest: int = MAX_TOKENS) -> bool:
-    """Whether this model scores packed rows as it scores plain ones, found by scoring short examples both ways, with
-    and without a beginning that all of them share and that a cache holds.
+    """Return whether this model scores packed rows as it scores plain ones.
 
-    A kernel that drops the mask, positions that can't restart (ALiBi) or windows in attention that are shorter than a
-    row or the `longest` prompt would give silent wrong numbers; such a model gets plain rows.
+    Short examples are scored both ways, with and without a beginning that all of them share and that a cache
+    holds. A kernel that drops the mask, positions that can't restart (ALiBi) or windows in attention that are
+    shorter than a row or a prompt would give silent wrong numbers; such a model gets plain rows.
+
+    Args:
+        longest: tokens of the longest prompt.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    windows = {"sliding_attention"} if window else set()  # Gemma 2 has some of them, and a window that is wide enough
-    if (window and window <= max(MAX_TOKENS, longest)) or kinds - {"full_attention", "global"} - windows:
+    if _attends_in_windows(model.config.get_text_config(), max(MAX_TOKENS, longest)):
         return False
-    top = config.vocab_size - 1
-    prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
-    prompts.append([*prompts[1][:-1], 2])  # begins like another one
-    cached = [[min(top, 3 * i + 1) for i in range(MIN_SHARED_TOKENS)] + p for p in prompts]
-    probes = [[Example([[*p, 3, 4, 6], [*p, 8, 4], [*p, 3, 9, 7, 6]], [3, 2, 4]) for p in q] for q in (prompts, cached)]
+    probes = _probe_examples(model.config.get_text_config().vocab_size - 1)
     try:
-        packed = [row for probe in probes for row in score(model, probe)]
+        packed = [row for examples in probes for row in score(model, examples)]
     except Exception:  # a model that can't take the mask may fail in any way
         return False
-    plain = [row for probe in probes for row in score(model, probe, plain=True)]
+    plain = [row for examples in probes for row in score(model, examples, plain_rows=True)]
     absolute, relative = (1e-3, 1e-4) if model.dtype == torch.float32 else (0.1, 0.02)
     if getattr(model, "is_quantized", False):  # a rounding of an activation to 8 bits may go either way
         absolute, relative = 0.5, 0.05
@@ -184,3 +247,24 @@ def supports_packed_rows(model: nn.Module, longest: int = MAX_TOKENS) -> bool:
         for x, y in zip(packed, plain, strict=True)
         for a, b in zip(x, y, strict=True)
     )
+
+
+def _attends_in_windows(config, longest: int) -> bool:
+    """Return whether a layer may see less than all of a row of `longest` tokens."""
+    layer_kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    # Gemma 2 has some layers with a window, and the window is wide enough
+    allowed = {"full_attention", "global"} | ({"sliding_attention"} if window else set())
+    return bool(window and window <= longest) or not layer_kinds <= allowed
+
+
+def _probe_examples(top: int) -> tuple[list[Example], list[Example]]:
+    """Return short examples of ids up to `top`, and the same behind a beginning that is worth a cache."""
+    prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
+    prompts.append([*prompts[1][:-1], 2])  # begins like another one
+    cached = [[min(top, 3 * i + 1) for i in range(MIN_SHARED_TOKENS)] + prompt for prompt in prompts]
+    endings = [[3, 4, 6], [8, 4], [3, 9, 7, 6]]
+    lens = [len(ending) for ending in endings]
+    alone = [Example([prompt + ending for ending in endings], lens) for prompt in prompts]
+    behind = [Example([prompt + ending for ending in endings], lens) for prompt in cached]
+    return alone, behind

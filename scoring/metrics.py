@@ -1,18 +1,20 @@
-"""Numbers for people: accuracy, exact match and F1, and what a shift of label bias alone could reach."""
+"""Metrics of predictions: accuracy, exact match and F1, and what a shift of label bias alone could reach."""
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from tasks import GENERATION, METRICS, OPTIONS, TEXT
 from utils import UsageError, load_from_file
 
-LOWER_IS_BETTER = ("loss", "perplexity")  # metrics of which less is better
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def accuracy(predictions: Sequence, golds: Sequence) -> float:
-    """Share of predictions that are the gold candidate, or one of them where a gold is a list."""
+    """Return the fraction of predictions that are the gold, or in it where the gold is a list."""
     hits = (
         prediction in gold if isinstance(gold, list) else prediction == gold
         for prediction, gold in zip(predictions, golds, strict=True)
@@ -21,38 +23,52 @@ def accuracy(predictions: Sequence, golds: Sequence) -> float:
 
 
 def macro_f1(predictions: Sequence, golds: Sequence) -> float:
-    """Mean over the classes that occur of 2·hits / (predicted + gold); of a list of golds, the one that was hit, or the
-    first."""
-    golds = [(p if p in g else g[0]) if isinstance(g, list) else g for p, g in zip(predictions, golds, strict=True)]
-    predicted, gold = Counter(predictions), Counter(golds)
+    """Return the mean over the classes that occur of 2·hits / (predicted + gold).
+
+    Of a list of golds counts the gold that was predicted, or else the first.
+    """
+    pairs = list(zip(predictions, golds, strict=True))
+    golds = [(p if p in g else g[0]) if isinstance(g, list) else g for p, g in pairs]
+    predicted = Counter(predictions)
+    gold = Counter(golds)
     hits = Counter(p for p, g in zip(predictions, golds, strict=True) if p == g)
     return fmean(2 * hits[c] / (predicted[c] + gold[c]) for c in predicted | gold)
 
 
 def answer_words(answer: str) -> list[str]:
-    """The words of an answer that count: lower case, without punctuation and articles (SQuAD, arXiv 1606.05250)."""
+    """Return the words of an answer that count (SQuAD, arXiv 1606.05250).
+
+    They are in lower case, without punctuation and articles.
+    """
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
-    """1 where the words of the prediction are those of any reference answer, in order."""
+    """Return 1 where the words of the prediction are those of any reference answer, in order; otherwise 0."""
     return float(any(answer_words(prediction) == answer_words(gold) for gold in golds))
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
-    """The best F1 of the prediction's bag of words with that of a reference answer; 1 where both are empty."""
+    """Return the best F1 of the prediction's bag of words with a reference answer's; 1 if both are empty."""
     return max(bag_f1(Counter(answer_words(prediction)), Counter(answer_words(gold))) for gold in golds)
 
 
 def bag_f1(a: Counter, b: Counter) -> float:
+    """Return the F1 of two bags of words."""
     total = a.total() + b.total()
     return 2 * (a & b).total() / total if total else 1.0
 
 
 def find_metric(name: str) -> Callable[[Sequence, Sequence], float]:
-    """(predictions, golds) -> a number of which more is better: accuracy, mean F1, mean exact match, or the function
-    `file.py:name`; raises UsageError where there is none of that name."""
+    """Return the function (predictions, golds) -> number, of which more is better.
+
+    Args:
+        name: accuracy, f1 (mean F1), em (mean exact match), or `file.py:name` of a function.
+
+    Raises:
+        UsageError: there is no function of that name.
+    """
     known = {
         "accuracy": accuracy,
         "f1": lambda predictions, golds: fmean(map(f1, predictions, golds)),
@@ -60,30 +76,66 @@ def find_metric(name: str) -> Callable[[Sequence, Sequence], float]:
     }
     if name in known:
         return known[name]
-    found = load_from_file(name)
-    if not callable(found):
+    metric = load_from_file(name)
+    if not callable(metric):
         raise UsageError(f"--objective {name}: there are {', '.join(known)}, or file.py:name of a function")
-    return found
+    return metric
+
+
+def options_metrics(predictions: Sequence[dict], metric_name: str) -> dict[str, float]:
+    """Return accuracy (a fraction) and mean loss of chosen options; macro F1 too if it is the metric."""
+    chosen = [prediction["prediction"] for prediction in predictions]
+    golds = [prediction["gold"] for prediction in predictions]
+    values = {"accuracy": accuracy(chosen, golds)}
+    if metric_name == "macro_f1":
+        values["macro_f1"] = macro_f1(chosen, golds)
+    return {**values, "loss": fmean(prediction["loss"] for prediction in predictions)}
+
+
+def answers_metrics(predictions: Sequence[dict], metric_name: str) -> dict[str, float]:
+    """Return F1 and exact match of generated answers, fractions."""
+    answers = [prediction["prediction"] for prediction in predictions]
+    golds = [prediction["gold"] for prediction in predictions]
+    return {name: find_metric(name)(answers, golds) for name in METRICS[GENERATION]}
+
+
+def texts_metrics(predictions: Sequence[dict], metric_name: str) -> dict[str, float]:
+    """Return the mean negative log-probability of a token of the texts, in nats, and the perplexity."""
+    tokens = sum(prediction["tokens"] for prediction in predictions)
+    loss = -sum(prediction["logprob"] for prediction in predictions) / tokens
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+# kind of task -> function of (predictions, name of the task's metric)
+METRICS_BY_KIND = {OPTIONS: options_metrics, GENERATION: answers_metrics, TEXT: texts_metrics}
 
 
 def best_threshold_accuracy(margins: Sequence[float], golds: Sequence[int]) -> float:
-    """The best accuracy that any threshold on `margins` reaches, for two classes; gold 1 lies above the threshold.
+    """Return the best accuracy that any threshold on `margins` reaches, for two classes.
 
-    It is chosen on the very examples that it is judged on: a bound on what moving the label bias can give.
+    The threshold is chosen on the examples that it is judged on: a bound on what moving the label bias gives.
+
+    Args:
+        margins: score of class 1 minus score of class 0; class 1 is predicted above the threshold.
+        golds: 0 or 1.
     """
     pairs = sorted(zip(margins, golds, strict=True))
-    right = best = sum(golds)  # threshold below everything: all are called 1
+    hits = best = sum(golds)  # threshold below everything: class 1 is predicted for all
     for i, (margin, gold) in enumerate(pairs):
-        right += 1 - 2 * gold
+        hits += 1 - 2 * gold
         if i + 1 == len(pairs) or pairs[i + 1][0] > margin:  # a threshold can't part equal margins
-            best = max(best, right)
+            best = max(best, hits)
     return best / len(pairs)
 
 
 def auc(margins: Sequence[float], golds: Sequence[int]) -> float:
-    """Area under the ROC curve: how often an example of class 1 lies above one of class 0, equal margins as half."""
+    """Return the area under the ROC curve: how often an example of class 1 lies above one of class 0.
+
+    Equal margins count as half. Arguments as of `best_threshold_accuracy`.
+    """
     order = sorted(range(len(margins)), key=lambda i: margins[i])
-    ranks, first = [0.0] * len(margins), 0
+    ranks = [0.0] * len(margins)
+    first = 0
     while first < len(order):  # equal margins share the mean of their ranks
         last = first
         while last + 1 < len(order) and margins[order[last + 1]] == margins[order[first]]:

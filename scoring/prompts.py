@@ -1,6 +1,7 @@
-"""Samples as token ids, for the training loss and for evaluations: bad prompts show before a model is loaded."""
+"""Samples of a task as token ids, for training and evaluation: bad prompts show before a model is loaded."""
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from scoring.packing import Example
@@ -11,80 +12,140 @@ logger = logging.getLogger("run")
 
 
 class EvalBatch(NamedTuple):
-    """Samples and what they are as token ids; `prior` is the calibration prompt of each, or None."""
+    """Samples to evaluate, the same as token ids, and the calibration prompt of each; None without."""
 
     samples: list
     examples: list[Example]
     prior: list[Example] | None
 
+    def select(self, indices: Sequence[int]) -> "EvalBatch":
+        """Return the part of the batch with these indices."""
+        return EvalBatch(*([part[i] for i in indices] if part else None for part in self))
+
 
 class Prompts:
-    """What a task's samples are under these flags and this tokenizer, in at most `max_length` tokens.
+    """Turns a task's samples into token ids, at most `max_length` of them.
 
-    Raises UsageError for a prompt that does not fit, an empty option, an id that the `vocabulary` does not have.
+    Args:
+        task: an object of `tasks.get_task`.
+        max_length: tokens of the longest prompt, with its option or with the answer that is generated.
+        vocabulary: number of token ids that the model knows.
+        max_new_tokens: the most tokens of a generated answer.
+        only_train_option: language modelling learns the right option's tokens, otherwise the prompt's too.
+        train_as_classification: train on all options; otherwise language modelling on the right one.
+        sfc, icl_sfc: calibrate scores by prompts without the input, for `icl_sfc` with demonstrations.
+        model_name: the value of `--model_name`, for messages.
     """
 
-    def __init__(self, args, task, tokenizer, max_length: int, vocabulary: int):
-        self.args, self.task, self.template = args, task, task.get_template()
-        self.tokenizer, self.max_length, self.vocabulary = tokenizer, max_length, vocabulary
+    def __init__(
+        self,
+        task,
+        tokenizer,
+        max_length: int,
+        vocabulary: int,
+        *,
+        max_new_tokens: int = 50,
+        only_train_option: bool = True,
+        train_as_classification: bool = False,
+        sfc: bool = False,
+        icl_sfc: bool = False,
+        model_name: str = "",
+    ):
+        self.task = task
+        self.template = task.get_template()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.vocabulary = vocabulary
+        self.max_new_tokens = max_new_tokens
+        self.only_train_option = only_train_option
+        self.train_as_classification = train_as_classification
+        self.sfc = sfc
+        self.icl_sfc = icl_sfc
+        self.model_name = model_name
 
     def examples(self, samples, demonstrations=(), sfc=False, icl_sfc=False, gold=True) -> list[Example]:
-        """Samples as token ids; `demonstrations` is one list for all samples, or a list of lists, one a sample.
+        """Return samples as token ids.
 
-        Where answers are generated, `gold` puts the right one behind the prompt.
+        Args:
+            demonstrations: one list for all samples, or a list of lists, one for each sample.
+            sfc, icl_sfc: give the calibration prompts.
+            gold: where answers are generated, put the right one behind the prompt.
+
+        Raises:
+            UsageError: a prompt does not fit, an option is empty, or the model does not know an id.
         """
-        each = demonstrations if demonstrations and isinstance(demonstrations[0], list) else None
-        new = self.args.max_new_tokens if self.task.generation else None
-        made, cuts = [], 0
+        one_list_each = bool(demonstrations) and isinstance(demonstrations[0], list)
+        examples = []
+        n_cut = 0
         for i, sample in enumerate(samples):
-            if self.task.kind == TEXT:
-                where = f"task {self.task.name}, example {sample.id}"
-                ids, learned, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
-                made.append(Example([ids], [len(learned)], targets=[learned]))
-            else:
-                shots = each[i] if each else demonstrations
-                encodings, option_lens, cut = prompt_tokens(
-                    self.task, self.template, shots, sample, self.tokenizer, self.max_length, sfc, icl_sfc,
-                    self.task.generation, self.task.generation and gold, new,
-                )  # fmt: skip
-                made.append(Example(encodings, option_lens, self.label(sample)))
-            cuts += cut > 0
-            top = max(map(max, made[-1].encodings))
-            if top >= self.vocabulary:
-                raise UsageError(
-                    f"--model_name {self.args.model_name}: its tokenizer gives id {top}, but the model knows "
-                    f"{self.vocabulary} tokens: the tokenizer is of another model"
-                )
-        if cuts:
-            logger.info("%d of %d prompts are longer than %d tokens: cut on the left", cuts, len(made), self.max_length)
-        return made
+            shots = demonstrations[i] if one_list_each else demonstrations
+            example, cut = self._encode(sample, shots, sfc, icl_sfc, gold)
+            self._refuse_unknown_ids(example)
+            examples.append(example)
+            n_cut += cut > 0
+        if n_cut:
+            text = "%d of %d prompts are longer than %d tokens: cut on the left"
+            logger.info(text, n_cut, len(examples), self.max_length)
+        return examples
+
+    def _encode(self, sample, demonstrations, sfc: bool, icl_sfc: bool, gold: bool) -> tuple[Example, int]:
+        """Return a sample as token ids, and how many tokens it lost on its left; see `examples`."""
+        task = self.task
+        if task.kind == TEXT:
+            where = f"task {task.name}, example {sample.id}"
+            ids, targets, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
+            return Example([ids], [len(targets)], targets=[targets]), cut
+        encodings, option_lens, cut = prompt_tokens(
+            task,
+            self.template,
+            demonstrations,
+            sample,
+            self.tokenizer,
+            self.max_length,
+            sfc,
+            icl_sfc,
+            generation=task.generation,
+            generation_with_gold=task.generation and gold,
+            max_new_tokens=self.max_new_tokens if task.generation else None,
+        )
+        return Example(encodings, option_lens, self.label(sample)), cut
+
+    def _refuse_unknown_ids(self, example: Example) -> None:
+        top = max(map(max, example.encodings))
+        if top >= self.vocabulary:
+            raise UsageError(
+                f"--model_name {self.model_name}: its tokenizer gives id {top}, but the model knows "
+                f"{self.vocabulary} tokens: the tokenizer is of another model"
+            )
 
     def label(self, sample) -> int:
-        """Index of the right candidate, the first of them where several are right."""
+        """Return the index of the right candidate, the first of them where several are right."""
         if self.task.kind != OPTIONS:
             return 0
         right = sample.correct_candidate
         right = right if isinstance(right, list) else [right]
         return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
 
-    def rows(self, samples, demonstrations=()) -> EvalBatch:
-        """What an evaluation on these samples needs."""
-        args, prior = self.args, None
-        if args.sfc or args.icl_sfc:
-            prior = self.examples(samples, demonstrations, sfc=args.sfc, icl_sfc=args.icl_sfc)
+    def eval_batch(self, samples, demonstrations=()) -> EvalBatch:
+        """Return what an evaluation on these samples needs; demonstrations as of `examples`."""
+        prior = None
+        if self.sfc or self.icl_sfc:
+            prior = self.examples(samples, demonstrations, sfc=self.sfc, icl_sfc=self.icl_sfc)
         return EvalBatch(samples, self.examples(samples, demonstrations, gold=False), prior)
 
-    def learned(self, samples) -> list[Example]:
-        """Samples as the training loss takes them."""
-        examples, args = self.examples(samples), self.args
-        if args.train_as_classification:
+    def training_examples(self, samples) -> list[Example]:
+        """Return samples as the training loss takes them."""
+        examples = self.examples(samples)
+        if self.train_as_classification:
             return examples
-        return [language_modelling_example(x, args.only_train_option) for x in examples]
+        return [language_modelling_example(example, self.only_train_option) for example in examples]
 
 
 def language_modelling_example(example: Example, only_option: bool) -> Example:
-    """The right option alone, to be trained as text: its own tokens, or all tokens behind the first."""
-    ids, k = example.encodings[example.label], example.label
+    """Return the right option alone, to be trained as text: its tokens, or all tokens behind the first."""
+    label = example.label
+    ids = example.encodings[label]
     if not only_option:
         return Example([ids], [len(ids) - 1])
-    return Example([ids], [example.option_lens[k]], targets=example.targets and [example.targets[k]])
+    targets = [example.targets[label]] if example.targets else None
+    return Example([ids], [example.option_lens[label]], targets=targets)

@@ -94,7 +94,7 @@ def framework(model_dir, data_dir, tmp_path, monkeypatch):
 
         monkeypatch.setattr(OurTrainer, "training_step", recording)
         samples = task.sample_subset("train", 0, (rows or 32) + dev)
-        made.train(samples[: rows or 32], made.rows(samples[rows or 32 :]), tmp_path)
+        made.train(samples[: rows or 32], made.eval_batch(samples[rows or 32 :]), tmp_path)
         made.seen = seen
         return made
 

@@ -112,7 +112,7 @@ def test_a_text_s_loss_is_the_mean_over_its_tokens(go, tmp_path, model_dir):
     for row in TEXTS:
         ids = [*tokenizer.encode(row["prompt"] + row["response"]), tokenizer.eos_token_id]
         examples.append(Example([ids], [len(ids) - len(tokenizer.encode(row["prompt"]))]))
-    sums = [row[0] for row in score(model, examples, plain=True)]
+    sums = [row[0] for row in score(model, examples, plain_rows=True)]
     loss = -sum(sums) / sum(x.option_lens[0] for x in examples)
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
     assert result["perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)

@@ -84,7 +84,7 @@ def packs(family) -> bool:
 
 
 def closure_of(model, family, n=9):
-    return partial(logprobs.loss, model, packing.pack(some_examples(n), plain=not packs(family)), True)
+    return partial(logprobs.loss, model, packing.pack(some_examples(n), plain_rows=not packs(family)), True)
 
 
 def losses(engine, closure, copies):
@@ -187,7 +187,7 @@ def test_scores_are_those_of_one_row_a_candidate(family):
     assert logprobs.supports_packed_rows(model) == packs(family)
     for beginning in (0, 40):
         examples = some_examples(beginning=beginning)
-        scores = logprobs.score(model, examples, plain=not packs(family))
+        scores = logprobs.score(model, examples, plain_rows=not packs(family))
         assert_close(scores, plain_scores(model, examples))
 
 

@@ -91,7 +91,7 @@ def test_a_probe_separates_what_can_be_separated():
     labels = (states[:, 3] + 0.1 * rng.normal(size=200) > 0).astype(int).tolist()
     for early in (False, True):
         made = linear_probe.LinearProbe(states[:150], labels[:150], early)
-        scores = np.array(made.scores(states[150:], 3))
+        scores = np.array(made.log_probs(states[150:], 3))
         assert (scores[:, :2].argmax(1) == labels[150:]).mean() > 0.9 and (scores[:, 2] < -1e8).all()
         np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-6)
     with pytest.raises(UsageError, match="two labels"):

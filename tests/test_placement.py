@@ -111,7 +111,7 @@ def test_every_family_scores_generates_and_steps_offloaded(family):
         batch = packing.pack(examples, plain)
         zo = ZerothOrder(lora.parameters(), lr=1e-2, eps=1e-2, master=True)
         losses = [zo.step(lambda model=model, batch=batch: logprobs.loss(model, batch, True)) for _ in range(3)]
-        found.append((plain, answers, losses, logprobs.score(model, examples, plain=plain)))
+        found.append((plain, answers, losses, logprobs.score(model, examples, plain_rows=plain)))
         lora.remove()
         assert [name for name, _ in model.named_parameters()] == names
     assert found[0] == found[1]
@@ -154,7 +154,7 @@ def test_hooks_around_weights_that_are_there_change_nothing(family):
         lora.merge_and_reinit()
         lora.lora_modules[0].lora_B.data.fill_(0.1)
         plain = not logprobs.supports_packed_rows(model)
-        found.append((lora.plain_state_dict(), logprobs.score(model, some_examples(), plain=plain)))
+        found.append((lora.plain_state_dict(), logprobs.score(model, some_examples(), plain_rows=plain)))
     assert found[0][1] == found[1][1] and found[0][0].keys() == found[1][0].keys()
     assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
 

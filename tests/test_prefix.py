@@ -238,5 +238,5 @@ def test_every_family_sees_the_prefix_as_it_is(kind):
     model, made = with_prefix(kind)
     examples = some_examples(5)
     expected = plain_scores(model, examples, made.keys_and_values(torch.float32))
-    assert not close(logprobs.score(bare, examples, plain=plain), expected, 1e-2)
-    assert close(logprobs.score(model, examples, plain=plain), expected)
+    assert not close(logprobs.score(bare, examples, plain_rows=plain), expected, 1e-2)
+    assert close(logprobs.score(model, examples, plain_rows=plain), expected)

@@ -26,7 +26,7 @@ def models():
 @pytest.mark.parametrize("beginning", [0, 40])
 def test_scores_equal_the_plain_computation(family, plain, beginning):
     model, examples = tiny_model(family), some_examples(beginning=beginning)
-    assert_close(logprobs.score(model, examples, plain=plain), plain_scores(model, examples))
+    assert_close(logprobs.score(model, examples, plain_rows=plain), plain_scores(model, examples))
 
 
 @pytest.mark.parametrize("beginning", [0, 40])
@@ -81,7 +81,7 @@ def test_gradients_through_packed_rows_equal_plain_gradients():
     grads = []
     for plain in (False, True):
         model = tiny_model("llama")
-        logprobs.loss(model, packing.pack(examples, plain=plain), classification=True).backward()
+        logprobs.loss(model, packing.pack(examples, plain_rows=plain), classification=True).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*grads, atol=1e-6, rtol=1e-4)
 
@@ -127,7 +127,7 @@ def test_tokens_to_be_learned_may_stand_anywhere():
 def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
     model = tiny_model(family, dtype=torch.bfloat16)
     examples = some_examples(60, seed=3, beginning=20)
-    packed, plain = logprobs.score(model, examples), logprobs.score(model, examples, plain=True)
+    packed, plain = logprobs.score(model, examples), logprobs.score(model, examples, plain_rows=True)
     for a, b in zip(packed, plain, strict=True):
         best = b.index(max(b))
         assert a.index(max(a)) == best or b[best] - b[a.index(max(a))] < 0.02 * abs(b[best])
@@ -172,7 +172,7 @@ def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
     ).eval()
     for model in (bloom, mistral):
         assert not logprobs.supports_packed_rows(model)
-        assert_close(logprobs.score(model, some_examples(), plain=True), plain_scores(model, some_examples()))
+        assert_close(logprobs.score(model, some_examples(), plain_rows=True), plain_scores(model, some_examples()))
 
 
 def test_windows_longer_than_the_probe_are_seen_too():
@@ -189,7 +189,7 @@ def test_trees_and_batches_have_a_bound():
     sizes = [len(tree.tokens) for tree in packing.build_trees(examples)]
     assert len(sizes) > 1 and max(sizes) <= packing.MAX_TOKENS
     plain = [Example([[1] * 1500], [1]), *(Example([[1] * 20], [1]) for _ in range(100))]
-    for group in packing.batch_trees(packing.build_trees(plain, plain=True), 2048, 10**6, padded=True):
+    for group in packing.batch_trees(packing.build_trees(plain, plain_rows=True), 2048, 10**6, padded=True):
         assert len(group) == 1 or len(group) * len(group[0].tokens) <= 2048
 
 

@@ -100,7 +100,7 @@ class ActivationCache:
                 self.examples.append(x)
                 continue
             own.append(i)
-            tree = packing.Tree.of([(0, x, range(len(x.encodings)))])
+            tree = packing.Tree.from_options([(0, x, range(len(x.encodings)))])
             places = [[size + node for node in tree.paths[0, k]] for k in range(len(x.encodings))]
             self.examples.append(dataclasses.replace(x, places=places))
             trees.append(tree)
@@ -117,8 +117,8 @@ class ActivationCache:
         device = input_device(model)
         for group in group_by_tokens(trees):
             members = [self.examples[own[i]] for i in group]
-            forest = packing.build_trees(members, plain=True) if plain else [
-                packing.Tree.of([(e, x, range(len(x.encodings)))]) for e, x in enumerate(members)
+            forest = packing.build_trees(members, plain_rows=True) if plain else [
+                packing.Tree.from_options([(e, x, range(len(x.encodings)))]) for e, x in enumerate(members)
             ]  # fmt: skip
             batch = packing.to_tensors(members, forest, plain)
             real = batch["attention_mask" if plain else "end"] > 0

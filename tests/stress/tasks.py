@@ -68,14 +68,14 @@ def main() -> None:
             samples = framework.task.sample_subset("validation", 0, args.rows)
             shots = framework.task.sample_subset("train", 0, demos)
             start = time.perf_counter()
-            found = framework.predict(framework.rows(samples, shots))
+            found = framework.predict(framework.eval_batch(samples, shots))
             ours = time.perf_counter() - start
             n = args.plain // (4 if name in LONG else 1)
             start = time.perf_counter()
             plain, worst, relative = plain_found(framework, samples[:n], shots, found[:n])
             seconds = time.perf_counter() - start
             metric = framework.task.metric_name
-            values = [framework.metrics(part)[metric] for part in (found, found[:n], plain)]
+            values = [framework.evaluator.metrics(part)[metric] for part in (found, found[:n], plain)]
             differ = sum(a["prediction"] != b["prediction"] for a, b in zip(found, plain, strict=False))
             shown = f"{worst:9.1e} {relative:8.0%}" if not framework.task.generation else ""
             print(f"{name:12} {demos:5d} {values[0]:9.3f} {ours:8.1f} | {n:4d} {values[1]:6.3f} {values[2]:6.3f} "
