@@ -1,8 +1,8 @@
-# make demo | make test | make starter: each works alone, from a fresh clone with nothing installed.
+# make demo | make test | make stress | make starter: each works alone, from a fresh clone with nothing installed.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test starter format clean
+.PHONY: demo test stress starter format clean
 
 demo: .venv/installed
 	$(BIN)/python -m cli.starter starter
@@ -15,6 +15,12 @@ test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# What takes minutes or guards a rare path: part of the work on an issue, and no part of `make test`.
+stress: .venv/test-installed
+	$(BIN)/python -m pytest tests/stress -n auto --maxprocesses 8 --dist worksteal
+	@echo "Programs with flags and tables of their own (python tests/stress/NAME.py --help):"
+	@for name in crash fuzz soak modes tasks fingerprints; do echo "  $$name.py: $$(sed -n '1s/^"""//p' tests/stress/$$name.py | sed 's/"""$$//')"; done
 
 format: .venv/test-installed
 	$(BIN)/ruff check --fix .

@@ -74,7 +74,9 @@ def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
     with torch.inference_mode():
         expected = model(torch.tensor([ids + text])).logits[0, 5:]
     made = PrefixTuning(model, 5, seed=7)
-    torch.testing.assert_close(plainly(model, text, made.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        plainly(model, text, made.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5
+    )
     examples = [Example([text], [4])]
     logprobs = expected.log_softmax(-1)
     whole = sum(float(logprobs[p - 1, text[p]]) for p in range(16, 20))
