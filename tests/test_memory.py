@@ -116,9 +116,9 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
         seen.append(batch["input_ids"].numel())
         return plain(model, batch, *args)
 
-    monkeypatch.setattr(packing, "option_sums", spied)
-    monkeypatch.setattr(packing, "parts", lambda encodings: [])
-    monkeypatch.setattr(packing, "TOKENS", 200)
+    monkeypatch.setattr(logprobs, "option_logprobs", spied)
+    monkeypatch.setattr(logprobs, "split_by_prefix", lambda encodings: [])
+    monkeypatch.setattr(packing, "MAX_TOKENS", 200)
     logprobs.score(model, examples, 200)
     assert abs(max(p.rows * p.length for p in shapes.evaluation_packs(examples)) / max(seen) - 1) < 0.2
 

@@ -19,12 +19,12 @@ def test_macro_f1_where_several_answers_are_right_takes_the_one_that_was_hit():
 
 def test_macro_f1_is_the_mean_over_classes():
     predictions, golds = list("aabbc"), list("abbbd")
-    each = []
+    values = []
     for c in "abcd":
         hit = sum(p == g == c for p, g in zip(predictions, golds, strict=True))
         precision, recall = hit / max(1, predictions.count(c)), hit / max(1, golds.count(c))
-        each.append(2 * precision * recall / (precision + recall) if hit else 0)
-    assert macro_f1(predictions, golds) == pytest.approx(np.mean(each))
+        values.append(2 * precision * recall / (precision + recall) if hit else 0)
+    assert macro_f1(predictions, golds) == pytest.approx(np.mean(values))
 
 
 def test_exact_match_ignores_case_punctuation_and_articles():
@@ -53,7 +53,9 @@ def test_the_best_threshold_is_the_best_of_all_thresholds():
 
 def test_auc_counts_pairs():
     rng = random.Random(0)
-    margins, golds = [rng.randrange(6) / 2 for _ in range(40)], [rng.randrange(2) for _ in range(40)]
-    above, below = ([m for m, g in zip(margins, golds, strict=True) if g == wanted] for wanted in (1, 0))
+    margins = [rng.randrange(6) / 2 for _ in range(40)]
+    golds = [rng.randrange(2) for _ in range(40)]
+    above = [m for m, g in zip(margins, golds, strict=True) if g == 1]
+    below = [m for m, g in zip(margins, golds, strict=True) if g == 0]
     wins = sum((a > b) + (a == b) / 2 for a in above for b in below)
     assert metrics.auc(margins, golds) == pytest.approx(wins / (len(above) * len(below)))

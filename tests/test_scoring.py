@@ -14,7 +14,7 @@ from support.references import assert_close, plain_logprobs, plain_scores, some_
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from scoring import logprobs, packing
-from scoring.packing import Example
+from scoring.packing import Example, loss_terms
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_examples_that_begin_alike_share_a_row():
     examples = [Example([[*beginning, i, 20], [*beginning, i, 21, 22]], [1, 2]) for i in range(5)]
     batch = packing.pack(examples)
     assert batch["input_ids"].numel() == 40 + 5 * 2  # i and 21; the last token of an option never goes in
-    apart = packing.pack([Example([[256, *range(i, i + 60)]], [1]) for i in range(3)])
-    assert (apart["input_ids"] == 256).sum() == 3  # one token in common isn't worth a longer row
+    batch = packing.pack([Example([[256, *range(i, i + 60)]], [1]) for i in range(3)])
+    assert (batch["input_ids"] == 256).sum() == 3  # one token in common isn't worth a longer row
 
 
 def test_what_all_examples_begin_with_goes_in_once():
@@ -118,10 +118,11 @@ def test_one_prompt_that_was_cut_does_not_take_the_cache_from_the_others():
 
 def test_tokens_to_be_learned_may_stand_anywhere():
     model = tiny_model("opt")
-    ids, wanted = list(range(30)), [3, 4, 11, 29]
-    example = Example([ids], [4], targets=[wanted])
-    logprobs = plain_logprobs(model, ids, 29)
-    assert_close(logprobs.score(model, [example]), [[sum(logprobs[p - 1] for p in wanted)]])
+    ids, targets = list(range(30)), [3, 4, 11, 29]
+    example = Example([ids], [4], targets=[targets])
+    expected = plain_logprobs(model, ids, 29)
+    assert_close(logprobs.score(model, [example]), [[sum(expected[p - 1] for p in targets)]])
+    assert loss_terms([example], classification=False) == 4 and loss_terms([example], classification=True) == 1
 
 
 def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
@@ -149,11 +150,11 @@ def test_one_forward_serves_a_whole_batch():
 
 
 def test_rows_are_balanced():
-    places = packing.bin_pack([30, 20, 20, 10, 10, 10])
-    ends = {}
-    for (r, start), size in zip(places, [30, 20, 20, 10, 10, 10], strict=True):
-        ends.setdefault(r, []).append((start, start + size))
-    for spans in ends.values():  # no two items overlap, none leaves a hole
+    sizes = [30, 20, 20, 10, 10, 10]
+    spans_of_rows = {}
+    for (row, start), size in zip(packing.bin_pack(sizes), sizes, strict=True):
+        spans_of_rows.setdefault(row, []).append((start, start + size))
+    for spans in spans_of_rows.values():  # no two items overlap, none leaves a hole
         spans.sort()
         assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
