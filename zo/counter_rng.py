@@ -21,7 +21,7 @@ WORDS_PER_KEY = 1 << 30  # words under one key: the index above goes into the ke
 
 @functools.cache
 def normal_table() -> Tensor:
-    """[65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of 2^-19.
+    """Return [65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of 2^-19.
 
     A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the last bits
     of a machine's libm could move it (tests/test_directions.py), so the table has the same bits everywhere.
@@ -34,25 +34,25 @@ def normal_table() -> Tensor:
 
 @functools.cache
 def signed_normal_table(device) -> Tensor:
-    """`normal_table` in the order of a signed 16-bit index plus 32768."""
+    """Return `normal_table` in the order of a signed 16-bit index plus 32768."""
     return normal_table().roll(32768).to(device)
 
 
 @functools.cache
 def sign_table(device) -> Tensor:
-    """[256, 8] fp32: the bits of a byte as -1 and 1, lowest first."""
+    """Return [256, 8] fp32: the bits of a byte as -1 and 1, lowest first."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return (2.0 * bits - 1).to(device)
 
 
 def direction_key(*counter) -> tuple[int, int]:
-    """Two 32-bit keys of (seed, step, ...), as signed integers: different counters give unrelated streams."""
+    """Return two 32-bit keys of (seed, step, ...), as signed integers: different counters give unrelated streams."""
     digest = hashlib.blake2b(",".join(map(str, counter)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
 
 def hash32(counter: Tensor, keys: tuple[int, int]) -> Tensor:
-    """A 32-bit mixing hash of an int32 counter under two keys, in place; products wrap.
+    """Return a 32-bit mixing hash of an int32 counter under two keys, in place; products wrap.
 
     Three rounds of xor-shift and odd multiplication (constants of C. Wellons' `triple32` search), the second key
     added between them, so that two streams are not the same numbers in another order.
@@ -64,24 +64,25 @@ def hash32(counter: Tensor, keys: tuple[int, int]) -> Tensor:
 
 
 def words_at(counter: tuple, index: Tensor) -> Tensor:
-    """Words of a stream at these indices (int64, any shape), int32: the definition; `word_range` is the fast way."""
-    out = torch.empty_like(index, dtype=torch.int32)
+    """Return words of a stream at these indices (int64, any shape), int32: the definition; `word_range` is faster."""
+    words = torch.empty_like(index, dtype=torch.int32)
     for high in (index // WORDS_PER_KEY).unique().tolist():
-        here = index // WORDS_PER_KEY == high
-        out[here] = hash32((index[here] % WORDS_PER_KEY).int(), direction_key(*counter, high))
-    return out
+        under_key = index // WORDS_PER_KEY == high
+        words[under_key] = hash32((index[under_key] % WORDS_PER_KEY).int(), direction_key(*counter, high))
+    return words
 
 
 def word_range(counter: tuple, start: int, count: int, device) -> Tensor:
-    """[count] int32: words start … start+count-1 of a stream."""
-    parts = []
+    """Return [count] int32: words start … start+count-1 of a stream."""
+    ranges = []
     while count > 0:
         high, low = divmod(start, WORDS_PER_KEY)
         n = min(count, WORDS_PER_KEY - low)
         index = torch.arange(low, low + n, dtype=torch.int32, device=device)
-        parts.append(hash32(index, direction_key(*counter, high)))
-        start, count = start + n, count - n
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        ranges.append(hash32(index, direction_key(*counter, high)))
+        start += n
+        count -= n
+    return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
 
 
 class Distribution(NamedTuple):
@@ -91,47 +92,55 @@ class Distribution(NamedTuple):
     decode: Callable[[Tensor], Tensor]
 
 
-def decode_normals(bits: Tensor) -> Tensor:
-    index = bits.view(torch.int16).int().add_(32768)  # the lower half of a word first
-    return signed_normal_table(bits.device).index_select(0, index)
+def decode_normals(words: Tensor) -> Tensor:
+    """Return two normal elements a word, the lower half of the word first."""
+    index = words.view(torch.int16).int().add_(32768)
+    return signed_normal_table(words.device).index_select(0, index)
 
 
-def decode_signs(bits: Tensor) -> Tensor:
-    return sign_table(bits.device).index_select(0, bits.view(torch.uint8).int()).flatten()
+def decode_signs(words: Tensor) -> Tensor:
+    """Return 32 signs a word, the lowest bit first."""
+    return sign_table(words.device).index_select(0, words.view(torch.uint8).int()).flatten()
 
 
 DISTRIBUTIONS = {"gaussian": Distribution(2, decode_normals), "rademacher": Distribution(32, decode_signs)}
 
 
 def direction_range(name: str, counter: tuple, start: int, count: int, device="cpu") -> Tensor:
-    """[count] fp32: elements start … start+count-1 of a direction."""
+    """Return [count] fp32: elements start … start+count-1 of a direction.
+
+    Args:
+        name: one of `DISTRIBUTIONS`.
+        counter: seed, step, and whatever else tells directions apart.
+    """
     per_word, decode = DISTRIBUTIONS[name]
     first, skip = divmod(start, per_word)
     n_words = -(-(skip + count) // per_word)
     step = CHUNK_SIZE // per_word
-    parts = [
-        decode(word_range(counter, first + done, min(step, n_words - done), device)) for done in range(0, n_words, step)
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[skip : skip + count]
+    chunks = []
+    for done in range(0, n_words, step):
+        chunks.append(decode(word_range(counter, first + done, min(step, n_words - done), device)))
+    return (chunks[0] if len(chunks) == 1 else torch.cat(chunks))[skip : skip + count]
 
 
-def direction_rows(name: str, counter: tuple, offset: int, width: int, index: Tensor) -> Tensor:
-    """[len(index), width] fp32: rows of a matrix whose first element is element `offset` of a direction."""
+def direction_rows(name: str, counter: tuple, offset: int, row_numel: int, index: Tensor) -> Tensor:
+    """Return [len(index), row_numel] fp32: rows of a matrix whose first element is element `offset` of a direction."""
     per_word, decode = DISTRIBUTIONS[name]
-    start = offset + index * width
-    span = torch.arange(width // per_word + 2, device=index.device)
-    out = torch.empty(len(index), width, device=index.device)
-    column = torch.arange(width, device=index.device)
+    start = offset + index * row_numel
+    span = torch.arange(row_numel // per_word + 2, device=index.device)
+    rows = torch.empty(len(index), row_numel, device=index.device)
+    column = torch.arange(row_numel, device=index.device)
     step = max(1, CHUNK_SIZE // (len(span) * per_word))
     for first in range(0, len(index), step):
-        some = start[first : first + step]
-        decoded = decode(words_at(counter, (some // per_word)[:, None] + span).flatten()).view(len(some), -1)
-        torch.gather(decoded, 1, (some % per_word)[:, None] + column, out=out[first : first + step])
-    return out
+        starts = start[first : first + step]
+        words = words_at(counter, (starts // per_word)[:, None] + span)
+        elements = decode(words.flatten()).view(len(starts), -1)
+        torch.gather(elements, 1, (starts % per_word)[:, None] + column, out=rows[first : first + step])
+    return rows
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: int) -> Tensor:
-    """[n] fp32 -> [n] float16 or bfloat16, up or down by chance, so that the mean over seeds is the value itself.
+    """Return [n] fp32 as float16 or bfloat16, up or down by chance, so that the mean over seeds is the value itself.
 
     The chance is 16 bits of element start + i of the stream of `counter`. Overflow becomes infinity, as rounding to
     nearest has it.
@@ -141,11 +150,11 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: 
     chance = chance[skip : skip + len(values)].int().bitwise_and_(0xFFFF)
     if dtype == torch.bfloat16:  # the upper half of the bits, with a carry from the lower half by chance
         return chance.add_(values.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(dtype)
-    near = values.to(dtype)
-    error = values - near.float()
-    near = torch.where(near == 0, torch.copysign(torch.zeros_like(near), error.to(dtype)), near)
-    bits = near.view(torch.int16)
+    nearest = values.to(dtype)
+    error = values - nearest.float()
+    nearest = torch.where(nearest == 0, torch.copysign(torch.zeros_like(nearest), error.to(dtype)), nearest)
+    bits = nearest.view(torch.int16)
     outward = (error < 0) == (bits < 0)
-    other = (bits + torch.where(outward, 1, -1).to(torch.int16)).view(dtype)
-    moved = (chance.float() + 0.5) / 65536 * (other.float() - near.float()).abs() < error.abs()
-    return torch.where(moved & (error != 0) & other.isfinite(), other, near)
+    neighbour = (bits + torch.where(outward, 1, -1).to(torch.int16)).view(dtype)
+    crosses = (chance.float() + 0.5) / 65536 * (neighbour.float() - nearest.float()).abs() < error.abs()
+    return torch.where(crosses & (error != 0) & neighbour.isfinite(), neighbour, nearest)

@@ -1,4 +1,5 @@
-"""`--zo_check`: does ε drown in rounding or leave the linear range, is the rate too large, does the precision hold?
+"""Diagnose a setting before training: does ε drown in rounding or leave the linear range, is the rate too large, does
+the precision hold?
 
 Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀, which is
 ε² zᵀHz + …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a sample of zᵀHz, whose
@@ -6,117 +7,161 @@ mean is the trace of the Hessian; and the projected gradient g shall not depend 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
-from utils import UsageError
 from zo.method import Method
+from zo.optimizer import ZerothOrder
 
 FACTORS = (1.0, 1 / 4, 1 / 16)
-PROBE = -1  # the step whose directions are asked for: no training step has it
+PROBE_STEP = -1  # the step whose directions are asked for: no training step has this number
+MAX_ERROR = 0.1  # of g, at both ends of the recommended range of eps
+SAMPLE_SIZE = 10000  # elements of a tensor whose spacing is looked at
 
 
 @dataclass
 class Diagnosis:
-    """`noise`: standard deviation of the loss by rounding. `g`: root of E g². `noise_share`, `bend`: error of g by
-    rounding and by leaving the linear range, relative to g. `trace`: of the Hessian. `largest_lr`: above it the
-    expected loss rises. `eps`: the range in which both errors stay below a tenth (either end may be None: not seen).
-    `walk`: how far stochastic rounding carries the weights, relative to the updates themselves (0: fp32)."""
+    """What was measured.
+
+    Args:
+        noise: standard deviation of the loss by rounding.
+        g: root of E g², of the projected gradient without rounding.
+        noise_share: error of g by rounding, relative to g.
+        nonlinearity: error of g by leaving the linear range, relative to g.
+        trace: of the Hessian.
+        largest_lr: above this learning rate the expected loss rises; NaN: cannot be told.
+        eps: the range in which both errors of g stay below a tenth; an end is None where it was not seen.
+        rounding_drift: how far stochastic rounding carries the weights, relative to the updates (0: fp32 weights).
+        forwards: number of forward passes.
+    """
 
     noise: float
     g: float
     noise_share: float
-    bend: float
+    nonlinearity: float
     trace: float
     largest_lr: float
     eps: tuple[float | None, float | None]
-    walk: float
+    rounding_drift: float
     forwards: int
 
 
-def diagnose(engine, closure, directions: int = 8) -> Diagnosis:
-    """Measure on one batch; the weights and the engine's state stay as they are."""
-    points = [(0, 0.0), *((q, s * f) for q in range(directions) for f in FACTORS for s in (1.0, -1.0))]
-    step, engine.scalars["step"] = engine.scalars["step"], PROBE
-    try:
-        losses = engine.losses_at(points, closure)
-    finally:
-        engine.scalars["step"] = step
-        for slot in engine.slots:
-            slot.z.clear()
-    eps, at_zero = engine.eps, losses[0]
-    pairs = [losses[1 + 2 * i : 3 + 2 * i] for i in range(directions * len(FACTORS))]
-    by_factor = {f: pairs[i :: len(FACTORS)] for i, f in enumerate(FACTORS)}
-    g = {f: [(plus - minus) / (2 * f * eps) for plus, minus in by_factor[f]] for f in FACTORS}
-    second = {f: [plus + minus - 2 * at_zero for plus, minus in by_factor[f]] for f in FACTORS}
+def root_mean_square(values) -> float:
+    return math.sqrt(fmean(x * x for x in values))
 
-    _, middle, least = FACTORS
-    left = [a - b * (least / middle) ** 2 for a, b in zip(second[least], second[middle], strict=True)]
-    noise = math.sqrt(fmean(x * x for x in left) / (6 * (1 + (least / middle) ** 4)))
+
+def diagnose(engine: ZerothOrder, closure: Callable, directions: int = 8) -> Diagnosis:
+    """Measure on one batch; the weights and the engine's state stay as they are.
+
+    Args:
+        closure: returns the loss of the batch, as for `ZerothOrder.step`.
+        directions: how many; each costs six forwards.
+
+    Raises:
+        ValueError: the loss does not move at all.
+    """
+    eps = engine.eps
+    points = [(0, 0.0)]
+    points += [(query, sign * f) for query in range(directions) for f in FACTORS for sign in (1.0, -1.0)]
+    at_zero, *losses = engine.losses_at(points, closure, step=PROBE_STEP)
+    pairs = list(zip(losses[::2], losses[1::2], strict=True))
+    g = {}
+    second_difference = {}
+    for i, f in enumerate(FACTORS):
+        of_factor = pairs[i :: len(FACTORS)]
+        g[f] = [(plus - minus) / (2 * f * eps) for plus, minus in of_factor]
+        second_difference[f] = [plus + minus - 2 * at_zero for plus, minus in of_factor]
+
+    _, middle, smallest = FACTORS
+    ratio = smallest / middle
+    smallest_pairs = zip(second_difference[smallest], second_difference[middle], strict=True)
+    noise = root_mean_square(a - b * ratio**2 for a, b in smallest_pairs) / math.sqrt(6 * (1 + ratio**4))
     noise_of_g = noise / (math.sqrt(2) * eps)
-    seen = math.sqrt(fmean(x * x for x in g[1.0]))
-    if not seen:
-        raise UsageError(f"--zo_check: the loss does not move at all with eps {eps:g}: give a larger --zo_eps")
-    true = math.sqrt(max(seen**2 - noise_of_g**2, (0.01 * seen) ** 2))
+    measured = root_mean_square(g[1.0])
+    if not measured:
+        raise ValueError(f"the loss does not move at all with eps {eps:g}: give a larger eps")
+    noiseless = math.sqrt(max(measured**2 - noise_of_g**2, (0.01 * measured) ** 2))
     change = fmean((a - b) ** 2 for a, b in zip(g[1.0], g[middle], strict=True))
     bend = math.sqrt(max(change - noise_of_g**2 * (1 + 1 / middle**2), 0.0)) / (1 - middle**2)
 
-    curvature = [d / eps**2 for d in second[1.0]]
+    curvature = [difference / eps**2 for difference in second_difference[1.0]]
     weighted = fmean(c * x * x for c, x in zip(curvature, g[1.0], strict=True))
-    largest = 2 * seen**2 / weighted if weighted > 0 else math.inf
-    largest *= engine.method.queries * (seen if engine.normalize else 1.0)
-    largest *= {"sgd": 1.0, "momentum": 0.1}.get(engine.optim, math.nan)  # steps of 1 / (1 - 0.9); of another kind
-    if type(engine.method).projected is not Method.projected:  # in units of its own
-        largest = math.nan
-    low = noise_of_g * eps / (0.1 * true) if noise else None
-    high = eps * math.sqrt(0.1 * true / bend) if bend > 0.01 * true else None
-
-    length = engine.param_groups[0]["lr"] * (1.0 if engine.normalize else seen)
+    lowest_eps = noise_of_g * eps / (MAX_ERROR * noiseless) if noise else None
+    highest_eps = eps * math.sqrt(MAX_ERROR * noiseless / bend) if bend > 0.01 * noiseless else None
+    normalize = engine.gradient_scale.normalize
     return Diagnosis(
-        noise, true, noise_of_g / true, bend / true, fmean(curvature), largest, (low, high),
-        rounding_drift(engine, length), len(losses),
+        noise=noise, g=noiseless, noise_share=noise_of_g / noiseless, nonlinearity=bend / noiseless,
+        trace=fmean(curvature), largest_lr=largest_rate(engine, measured, weighted), eps=(lowest_eps, highest_eps),
+        rounding_drift=rounding_drift(engine, engine.param_groups[0]["lr"] * (1.0 if normalize else measured)),
+        forwards=len(points),
     )  # fmt: skip
 
 
-def rounding_drift(engine, length: float) -> float:
-    """√(spacing / update): rounding by chance adds a variance of |u| · spacing to an update u shorter than that."""
+def largest_rate(engine: ZerothOrder, g: float, weighted_curvature: float) -> float:
+    """Return the learning rate above which the expected loss rises: 2 E g² / E (zᵀHz g²) for plain steps.
+
+    Args:
+        g: root of E g².
+        weighted_curvature: E (zᵀHz g²).
+    """
+    if type(engine.method).projected is not Method.projected:  # in units of its own
+        return math.nan
+    largest = 2 * g**2 / weighted_curvature if weighted_curvature > 0 else math.inf
+    largest *= engine.method.queries * (g if engine.gradient_scale.normalize else 1.0)
+    return largest * {"sgd": 1.0, "momentum": 0.1}.get(engine.optim, math.nan)  # momentum: steps of 1 / (1 - 0.9)
+
+
+def rounding_drift(engine: ZerothOrder, length: float) -> float:
+    """Return √(spacing / update): rounding by chance adds a variance of |u| · spacing to an update u shorter than that.
+
+    Args:
+        length: of an update along one coordinate.
+    """
     if engine.master or not length:
         return 0.0
     total = n = 0.0
-    for slot in engine.slots:
-        if slot.param.dtype != torch.float32:
-            sample = slot.param.detach().flatten()[:10000].abs()
-            total += float((sample.float() * torch.finfo(slot.param.dtype).eps).sum())
+    for block in engine.blocks:
+        if block.param.dtype != torch.float32:
+            sample = block.param.detach().flatten()[:SAMPLE_SIZE].abs()
+            total += float((sample.float() * torch.finfo(block.param.dtype).eps).sum())
             n += len(sample)
     return math.sqrt(total / n / length) if n else 0.0
 
 
-def recommendations(found: Diagnosis, engine) -> list[str]:
-    """What to print: the measurements, and what would be better, a line each."""
-    low, high = found.eps
+def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
+    """Return what to print: the measurements, and what would be better, a line each."""
+    lowest, highest = diagnosis.eps
+    eps = engine.eps
     lr = engine.param_groups[0]["lr"]
     lines = [
-        f"zo_check: {found.forwards} forwards: rounding noise of the loss {found.noise:.1e}, |g| {found.g:.2g}, of "
-        f"which rounding {found.noise_share:.0%} and curvature {found.bend:.0%}; trace of the Hessian {found.trace:.2g}"
+        f"diagnosis: {diagnosis.forwards} forwards: rounding noise of the loss {diagnosis.noise:.1e}, "
+        f"|g| {diagnosis.g:.2g}, of which rounding {diagnosis.noise_share:.0%} and curvature "
+        f"{diagnosis.nonlinearity:.0%}; trace of the Hessian {diagnosis.trace:.2g}"
     ]
-    if not math.isfinite(found.g):
-        return [*lines, f"zo_check: the loss is no number at eps {engine.eps:g}"]
-    window = f"between {low:.1e} and {high:.1e}" if low and high else f"above {low:.1e}" if low else "smaller"
-    if found.noise_share > 0.5:
-        lines.append(f"zo_check: eps {engine.eps:g} drowns in rounding; better is one {window}, or float32 weights")
-    if found.bend > 0.5:
-        lines.append(f"zo_check: eps {engine.eps:g} leaves the linear range; better is one {window}")
-    if lr > found.largest_lr and found.noise_share <= 0.5:  # else the curvature is rounding too
-        lines.append(f"zo_check: learning rate {lr:g} is above {found.largest_lr:.1e}, from where the loss is to rise")
-    if found.walk > 1:
+    if not math.isfinite(diagnosis.g):
+        return [*lines, f"diagnosis: the loss is no number at eps {eps:g}"]
+    if lowest:
+        better = f"between {lowest:.1e} and {highest:.1e}" if highest else f"above {lowest:.1e}"
+    else:
+        better = "smaller"
+    if diagnosis.noise_share > 0.5:
+        lines.append(f"diagnosis: eps {eps:g} drowns in rounding; better is one {better}, or float32 weights")
+    if diagnosis.nonlinearity > 0.5:
+        lines.append(f"diagnosis: eps {eps:g} leaves the linear range; better is one {better}")
+    if lr > diagnosis.largest_lr and diagnosis.noise_share <= 0.5:  # else the curvature is rounding too
+        largest = f"{diagnosis.largest_lr:.1e}"
+        lines.append(f"diagnosis: learning rate {lr:g} is above {largest}, from where the loss is to rise")
+    if diagnosis.rounding_drift > 1:
         lines.append(
-            f"zo_check: rounding moves these weights {found.walk:.0f} x as far as the updates do; adapters (--lora, "
-            "--xgblora) or float32 keep them"
+            f"diagnosis: rounding moves these weights {diagnosis.rounding_drift:.0f} x as far as the updates do; "
+            "adapters or float32 weights keep the updates"
         )
-    if len(lines) == 1:
-        rate = f" and learning rate {lr:g} fit (largest: {found.largest_lr:.1e})"
-        unknown = f" fits; how large a rate --zo_optim {engine.optim} and this method take can't be told so"
-        lines.append(f"zo_check: eps {engine.eps:g}" + (unknown if math.isnan(found.largest_lr) else rate))
-    return lines
+    if len(lines) > 1:
+        return lines
+    if math.isnan(diagnosis.largest_lr):
+        unknown = f"how large a rate optim {engine.optim!r} and this method take cannot be told"
+        return [*lines, f"diagnosis: eps {eps:g} fits; {unknown}"]
+    return [*lines, f"diagnosis: eps {eps:g} and learning rate {lr:g} fit (largest: {diagnosis.largest_lr:.1e})"]

@@ -1,14 +1,13 @@
-"""Zeroth-order methods other than plain MeZO, each a few lines on the seam of `zo.Method`.
-
-`--zo_method NAME` takes one of these, `--zo_method file.py:Name` a subclass of `zo.Method` in a file of one's own.
-"""
+"""Methods of other papers than MeZO, each a few lines on the seam of `zo.Method`; `METHODS` has them by name."""
 
 import math
 from dataclasses import replace
 from statistics import stdev
 
+from torch import Tensor
+
 from zo.method import Method
-from zo.perturbed_weights import ParamBlock
+from zo.param_block import ParamBlock
 from zo.rng_kernels import DirectionSource
 
 
@@ -21,14 +20,15 @@ class LOZO(Method):
     """
 
     full_only = True
-    rank, interval = 2, 50
+    rank = 2
+    interval = 50
 
-    def direction(self, noise: DirectionSource, slot: ParamBlock, step: int, query: int, rows, device):
-        if slot.matrix.dim() != 2:
-            return super().direction(noise, slot, step, query, rows, device)
+    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+        if block.as_rows.dim() != 2:
+            return super().direction(source, block, step, query, rows, device)
         r = self.rank
-        u = noise.rows((step, query, "U"), slot.offset * r, r, rows, device)
-        v = noise.rows((step // self.interval, "V"), slot.offset * r, r, range(slot.width), device)
+        u = source.rows((step, query, "U"), block.offset * r, r, rows, device)
+        v = source.rows((step // self.interval, "V"), block.offset * r, r, range(block.row_numel), device)
         return u @ v.T / r**0.5
 
 
@@ -36,38 +36,41 @@ class FZOO(Method):
     """One-sided differences in steps as long as the losses are alike (arXiv 2506.09034): θ ← θ − η g / σ with
     g = Σ (ℓ(θ + ε uᵢ) − ℓ(θ)) uᵢ / (ε N), uᵢ of ±1, and σ the standard deviation of the N perturbed losses.
 
-    N is `--zo_queries`, 8 in the paper: N + 1 forwards a step.
+    N is the number of queries, 8 in the paper: N + 1 forwards a step.
     """
 
     least_queries = 2
 
-    def points(self):
+    def points(self) -> list[tuple[int, float]]:
         return [(0, 0.0), *((query, 1.0) for query in range(self.queries))]
 
-    def projected(self, losses, eps):
-        spread = stdev(losses[1:]) if all(map(math.isfinite, losses)) else math.nan  # a step that is skipped
-        return [(loss - losses[0]) / (eps * spread) if spread else 0.0 for loss in losses[1:]]
+    def projected(self, losses: list[float], eps: float) -> list[float]:
+        finite = all(map(math.isfinite, losses))
+        sigma = stdev(losses[1:]) if finite else math.nan  # NaN: the step is skipped
+        return [(loss - losses[0]) / (eps * sigma) if sigma else 0.0 for loss in losses[1:]]
 
-    def direction(self, noise: DirectionSource, slot: ParamBlock, step: int, query: int, rows, device):
-        return super().direction(replace(noise, distribution="rademacher"), slot, step, query, rows, device)
+    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+        signs = replace(source, distribution="rademacher")
+        return super().direction(signs, block, step, query, rows, device)
 
 
 class AR1ZO(Method):
     """One atom of a LoRA a step: row k of every A and column k of every B, k = step mod r (arXiv 2605.19767).
 
-    The paper scales adapters by α r instead of α / r, so that an atom's signal doesn't shrink with the rank:
-    `--lora_alpha` is α r² then (1024 for α = 16 and r = 8).
+    The paper scales adapters by α r instead of α / r, so that an atom's signal does not shrink with the rank: with
+    adapters that are scaled by α / r, give α r² (1024 for α = 16 and r = 8).
     """
 
     adapters_only = True
 
-    def direction(self, noise: DirectionSource, slot: ParamBlock, step: int, query: int, rows, device):
-        z = super().direction(noise, slot, step, query, rows, device)
-        parts = slot.split(z.view(-1))  # A [r, in] and B [out, r] in turn
-        for of_a, of_b in zip(parts[::2], parts[1::2], strict=True):
-            for matrix in (of_a, of_b.T):
-                atom = step % len(matrix)
-                matrix[:atom] = matrix[atom + 1 :] = 0
+    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+        z = super().direction(source, block, step, query, rows, device)
+        factors = block.split(z.view(-1))  # A [r, in] and B [out, r] in turn
+        for of_a, of_b in zip(factors[::2], factors[1::2], strict=True):
+            for atoms in (of_a, of_b.T):
+                atom = step % len(atoms)
+                atoms[:atom] = 0
+                atoms[atom + 1 :] = 0
         return z
 
 

@@ -1,9 +1,9 @@
-"""Where the engine's directions come from: `Noise`, by the passes of directions.py or, on a GPU, by a kernel.
+"""Where the engine draws directions: `DirectionSource`, by the torch operations of counter_rng.py or by a GPU kernel.
 
-There each of those dozen passes would read and write memory and wait for its launch: a hundred times the cost of a
-plain `normal_`. A Triton kernel makes z in registers instead, with the same bits, and does in one pass what is done
-with it: z itself, θ + scale·z at one or two scales, or the update with its stochastic rounding. Triton comes with
-torch's CUDA builds; where it is missing the passes serve.
+On a GPU each of those dozen operations would read and write memory and wait for its launch: a hundred times the cost of
+a plain `normal_`. A Triton kernel makes z in registers instead, with the same bits, and does in one pass what is done
+with z: z itself, θ + scale·z at one or two scales, or the update with its stochastic rounding. Triton comes with torch's
+CUDA builds; where it is missing the torch operations serve.
 """
 
 import functools
@@ -25,75 +25,88 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 1024  # elements that one program of a kernel makes
-ELEMENTS_PER_KEY = (
-    2 * counter_rng.WORDS_PER_KEY
-)  # elements before a key changes, of the distribution with the fewest to a word
+# Elements before a key changes, of the distribution with the fewest elements a word.
+ELEMENTS_PER_KEY = 2 * counter_rng.WORDS_PER_KEY
 
 
 @functools.cache
 def kernels_available(device: torch.device) -> bool:
-    """Whether kernels make the directions there; where they can't on a GPU, the log says why, once."""
+    """Return whether kernels draw directions on this device; where they cannot on a GPU, the log says why, once."""
     if device.type != "cuda":
         return False
     try:
         if triton is None:
             raise RuntimeError("Triton is not installed")
-        DirectionSource(0).shown((), 0, torch.zeros(1, device=device), [1.0])  # it needs a C compiler, say
+        DirectionSource(0).perturbed((), 0, torch.zeros(1, device=device), [1.0])  # it needs a C compiler, say
     except Exception as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning("no kernels on %s (%s): full-parameter steps there take many times as long", device, why[0])
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning("no kernels on %s (%s): full-parameter steps there take many times as long", device, reason[0])
         return False
     return True
 
 
 @dataclass(frozen=True)
 class DirectionSource:
-    """The source of directions: elements of variance 1 by (seed, counter), see directions.py."""
+    """The random numbers of directions: elements of variance 1 by (seed, counter), see counter_rng.py.
+
+    Args:
+        seed: of all directions.
+        distribution: one of `counter_rng.DISTRIBUTIONS`.
+    """
 
     seed: int
     distribution: str = "gaussian"
 
-    def rows(self, counter: tuple, offset: int, width: int, rows: range | Tensor, device) -> Tensor:
-        """[len(rows), width] fp32: rows of a matrix whose first element is number `offset` of a direction."""
+    def rows(self, counter: tuple, offset: int, row_numel: int, rows: range | Tensor, device) -> Tensor:
+        """Return [len(rows), row_numel] fp32: rows of a matrix whose first element is number `offset` of a direction."""
         if not isinstance(rows, range):
-            return counter_rng.direction_rows(self.distribution, (self.seed, *counter), offset, width, rows)
-        start, count = offset + rows.start * width, len(rows) * width
+            return counter_rng.direction_rows(self.distribution, (self.seed, *counter), offset, row_numel, rows)
+        start = offset + rows.start * row_numel
+        count = len(rows) * row_numel
         if kernels_available(torch.device(device)):
             z = torch.empty(count, device=device)
-            self._show(counter, start, z, z[None], ())
+            self._perturb(counter, start, z, z[None], ())
         else:
             z = counter_rng.direction_range(self.distribution, (self.seed, *counter), start, count, device)
-        return z.view(len(rows), width)
+        return z.view(len(rows), row_numel)
 
-    def shown(self, counter: tuple, start: int, values: Tensor, scales: list[float]) -> list[Tensor]:
-        """values + scale·z for each scale, in the dtype of `values`, whose first element is number `start` of z; by a
-        kernel, on a GPU."""
+    def perturbed(self, counter: tuple, start: int, values: Tensor, scales: list[float]) -> list[Tensor]:
+        """Return values + scale·z for each scale, in the dtype of `values`, by a kernel; GPU only.
+
+        Args:
+            start: number of the first element of `values` in the direction.
+        """
         out = values.new_empty(len(scales), *values.shape)
         for i in range(0, len(scales), 2):
-            self._show(counter, start, values.view(-1), out[i : i + 2].flatten(1), scales[i : i + 2])
+            self._perturb(counter, start, values.view(-1), out[i : i + 2].flatten(1), scales[i : i + 2])
         return list(out)
 
-    def _show(self, counter: tuple, start: int, values: Tensor, out: Tensor, scales) -> None:
-        (first, second), table = (*scales, 0.0, 0.0)[:2], counter_rng.signed_normal_table(values.device)
-        for at, n in split_by_key(start, len(values)):
+    def _perturb(self, counter: tuple, start: int, values: Tensor, out: Tensor, scales) -> None:
+        """Write z (no scales), or values + scale·z at one or two scales, into the rows of `out`."""
+        scale, scale2 = (*scales, 0.0, 0.0)[:2]
+        table = counter_rng.signed_normal_table(values.device)
+        for first, n in split_by_key(start, len(values)):
             _launch(
-                _perturb_kernel, n, values[at:], out[:, at:], out.stride(0), table, n,
-                *self._stream(counter, start + at), first, second, SIGNS=self._signs, POINTS=len(scales),
+                _perturb_kernel, n, values[first:], out[:, first:], out.stride(0), table, n,
+                *self._stream(counter, start + first), scale, scale2, SIGNS=self._signs, POINTS=len(scales),
             )  # fmt: skip
 
-    def update(self, counter: tuple, start: int, values: Tensor, coefficient: float, keep: float, rounding: tuple):
-        """values ← keep · values − coefficient · z in place, fp32 or bfloat16, which is rounded by chance as
-        `directions.stochastic_round` does it under the counter `rounding`; by a kernel, on a GPU."""
-        values, chance, table = (
-            values.view(-1),
-            DirectionSource(self.seed),
-            counter_rng.signed_normal_table(values.device),
-        )
-        for at, n in split_by_key(start, len(values)):
+    def update(
+        self, counter: tuple, start: int, values: Tensor, coefficient: float, factor: float, rounding: tuple
+    ) -> None:
+        """Set values ← factor · values − coefficient · z in place by a kernel; fp32 or bfloat16, GPU only.
+
+        Args:
+            start: number of the first element of `values` in the direction.
+            rounding: counter of the chance by which bfloat16 is rounded, as in `counter_rng.stochastic_round`.
+        """
+        values = values.view(-1)
+        chance = DirectionSource(self.seed)
+        table = counter_rng.signed_normal_table(values.device)
+        for first, n in split_by_key(start, len(values)):
             _launch(
-                _update_kernel, n, values[at:], table, n, *self._stream(counter, start + at), coefficient, keep,
-                *chance._stream(rounding, start + at), SIGNS=self._signs,
-                ROUND=values.dtype == torch.bfloat16,
+                _update_kernel, n, values[first:], table, n, *self._stream(counter, start + first), coefficient, factor,
+                *chance._stream(rounding, start + first), SIGNS=self._signs, ROUND=values.dtype == torch.bfloat16,
             )  # fmt: skip
 
     @property
@@ -101,32 +114,32 @@ class DirectionSource:
         return self.distribution == "rademacher"
 
     def _stream(self, counter: tuple, start: int) -> tuple[int, int, int, int]:
-        """(first word, elements of it to skip, two keys) of the stretch from element `start` on."""
+        """Return (first word, elements of it to skip, two keys) of the elements from `start` on."""
         word, skip = divmod(start, counter_rng.DISTRIBUTIONS[self.distribution].per_word)
         high, low = divmod(word, counter_rng.WORDS_PER_KEY)
         return low, skip, *counter_rng.direction_key(self.seed, *counter, high)
 
 
 def split_by_key(start: int, count: int) -> Iterator[tuple[int, int]]:
-    """(first, number) of elements that lie under one key, from element `start` on."""
-    at = 0
-    while at < count:
-        n = min(count - at, ELEMENTS_PER_KEY - (start + at) % ELEMENTS_PER_KEY)
-        yield at, n
-        at += n
+    """Yield (first, number) of elements that lie under one key, from element `start` on."""
+    first = 0
+    while first < count:
+        n = min(count - first, ELEMENTS_PER_KEY - (start + first) % ELEMENTS_PER_KEY)
+        yield first, n
+        first += n
 
 
 if triton is not None:
-    _CHANGING = ["stride", "n", "first", "skip", "k0", "k1", "r_first", "r_skip", "r_k0", "r_k1"]
+    _NOT_SPECIALIZED = ["stride", "n", "first", "skip", "k0", "k1", "r_first", "r_skip", "r_k0", "r_k1"]
 
     def _launch(kernel, n: int, values: Tensor, *args, **constants) -> None:
         with torch.cuda.device_of(values):
-            # a product and a sum rounded once, as a GPU would fuse them, are other bits than two passes
-            kernel[(triton.cdiv(n, BLOCK_SIZE),)](values, *args, **constants, LANES=BLOCK_SIZE, enable_fp_fusion=False)
+            # a product and a sum rounded once, as a GPU would fuse them, give other bits than two operations
+            kernel[(triton.cdiv(n, BLOCK_SIZE),)](values, *args, **constants, BLOCK_SIZE=BLOCK_SIZE, enable_fp_fusion=False)
 
     @triton.jit
     def _hash32(word, k0, k1):
-        """`directions.hash32`."""
+        """`counter_rng.hash32`."""
         x = word * -1640531527 + k0
         x = (x ^ ((x >> 17) & 0x7FFF)) * -312814405 + k1
         x = (x ^ ((x >> 11) & 0x1FFFFF)) * -1404298415 + k0
@@ -135,7 +148,7 @@ if triton is not None:
 
     @triton.jit
     def _half_word(at, first, k0, k1):
-        """The signed 16 bits of place `at`: the lower half of a word first."""
+        """The signed 16 bits number `at`: the lower half of a word first."""
         word = _hash32(first + (at >> 1), k0, k1)
         return ((word >> ((at & 1) * 16)) << 16) >> 16
 
@@ -146,12 +159,12 @@ if triton is not None:
         else:
             return tl.load(table + _half_word(at, first, k0, k1) + 32768)
 
-    @triton.jit(do_not_specialize=_CHANGING)
+    @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
     def _perturb_kernel(
-        values, out, stride, table, n, first, skip, k0, k1, scale, other,
-        SIGNS: tl.constexpr, POINTS: tl.constexpr, LANES: tl.constexpr,
+        values, out, stride, table, n, first, skip, k0, k1, scale, scale2,
+        SIGNS: tl.constexpr, POINTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ):  # fmt: skip
-        i = tl.program_id(0) * LANES + tl.arange(0, LANES)
+        i = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         z = _element(skip + i, first, k0, k1, table, SIGNS)
         if POINTS == 0:
             tl.store(out + i, z, mask=i < n)
@@ -159,16 +172,16 @@ if triton is not None:
             value = tl.load(values + i, mask=i < n).to(tl.float32)
             tl.store(out + i, z * scale + value, mask=i < n)
             if POINTS == 2:
-                tl.store(out + stride + i, z * other + value, mask=i < n)
+                tl.store(out + stride + i, z * scale2 + value, mask=i < n)
 
-    @triton.jit(do_not_specialize=_CHANGING)
+    @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
     def _update_kernel(
-        values, table, n, first, skip, k0, k1, coefficient, keep, r_first, r_skip, r_k0, r_k1,
-        SIGNS: tl.constexpr, ROUND: tl.constexpr, LANES: tl.constexpr,
+        values, table, n, first, skip, k0, k1, coefficient, factor, r_first, r_skip, r_k0, r_k1,
+        SIGNS: tl.constexpr, ROUND: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ):  # fmt: skip
-        i = tl.program_id(0) * LANES + tl.arange(0, LANES)
+        i = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         z = _element(skip + i, first, k0, k1, table, SIGNS)
-        value = tl.load(values + i, mask=i < n).to(tl.float32) * keep - z * coefficient
+        value = tl.load(values + i, mask=i < n).to(tl.float32) * factor - z * coefficient
         if ROUND:  # bfloat16: the upper half of the bits, with a carry from the lower half by chance
             chance = _half_word(r_skip + i, r_first, r_k0, r_k1) & 0xFFFF
             bits = (value.to(tl.int32, bitcast=True) + chance) >> 16

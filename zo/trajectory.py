@@ -1,5 +1,7 @@
-"""A run as a file: its seed, and one number a step and query. The seed gives every direction, the number how far the
-weights went along it, so that `run.py --replay FILE` rebuilds them without data and without a forward pass.
+"""`Trajectory`: a run as a file, its seed and one number a step and query.
+
+The seed gives every direction, the number how far the weights went along it, so that `ZerothOrder.replay` rebuilds them
+without data and without a forward pass.
 """
 
 import json
@@ -13,11 +15,17 @@ from safetensors.torch import save_file
 
 
 class Trajectory:
-    """What a run was: a coefficient for each query and step (NaN: skipped), fp32; `about` says of which run."""
+    """The steps of a run.
+
+    Args:
+        coefficients: of each step, one number a query (NaN: skipped), as they were rounded to fp32 and applied.
+        rates: learning rate of each step, where weights decay.
+        about: what run this is.
+    """
 
     def __init__(self, coefficients=(), rates=(), about: dict | None = None):
         self.coefficients = [list(row) for row in coefficients]
-        self.rates = list(rates)  # learning rates, where weights decay
+        self.rates = list(rates)
         self.about = dict(about or {})
 
     def append(self, coefficients: list[list[float]], rates: list[float], keep_rate: bool) -> None:
@@ -29,7 +37,11 @@ class Trajectory:
             self.rates.append(rates[0])
 
     def save(self, path, **about) -> None:
-        """Write the file; raises ValueError where groups had learning rates of their own."""
+        """Write the file, with `about` added to what it says of the run.
+
+        Raises:
+            ValueError: groups had learning rates of their own.
+        """
         if "uneven" in self.about:
             raise ValueError("groups with learning rates of their own: a trajectory has one number a step and query")
         tensors = {"coefficients": torch.tensor(self.coefficients, dtype=torch.float32)}
@@ -39,7 +51,11 @@ class Trajectory:
 
     @classmethod
     def load(cls, path) -> "Trajectory":
-        """Raises ValueError where the file is no trajectory."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is no trajectory.
+        """
         try:
             with safe_open(Path(path), framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
@@ -50,7 +66,7 @@ class Trajectory:
 
 
 def round_to_fp32(value: float) -> float:
-    """The nearest single-precision number."""
+    """Return the nearest single-precision number."""
     try:
         return struct.unpack("f", struct.pack("f", value))[0]
     except OverflowError:
