@@ -200,10 +200,10 @@ class LoRA:
         """Every A and B that some round may train, in the model's order; those of this round require a gradient."""
         return [p for m in self.lora_modules for p in ((m.lora_B,) if self.freeze_a else (m.lora_A, m.lora_B))]
 
-    def spread(self, deltas: list[Tensor] | None) -> None:
+    def set_perturbations(self, deltas: list[Tensor] | None) -> None:
         """Set `deltas` of all layers from one [n, …] perturbation per trained tensor, in the model's order.
 
-        Raises NoCopies where an expert is adapted: the tokens that it is given mix the copies.
+        Raises CopiesUnsupported where an expert is adapted: the tokens that it is given mix the copies.
         """
         if deltas is not None and any(".experts." in f".{name}" for name in self.modules):
             raise CopiesUnsupported("an expert is adapted")

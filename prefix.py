@@ -80,7 +80,7 @@ class PrefixTuning(nn.Module):
         model.requires_grad_(False)
         model.prefix_tuning = self
 
-    def spread(self, deltas: Sequence[Tensor] | None) -> None:
+    def set_perturbations(self, deltas: Sequence[Tensor] | None) -> None:
         self.deltas = deltas
 
     def move_with_model(self, device) -> None:

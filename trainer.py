@@ -104,7 +104,8 @@ class OurTrainer(ResumableTrainer):
             self.zo = self.optimizer = ZerothOrder(
                 groups, args.learning_rate, args.zo_eps, args.seed, clip=args.max_grad_norm,
                 normalize=args.zo_normalize, master=adapter is not None, method=self.method,
-                distribution=args.zo_distribution, optim=args.zo_optim, spread=adapter.spread if adapter else None,
+                distribution=args.zo_distribution, optim=args.zo_optim,
+                set_perturbations=adapter.set_perturbations if adapter else None,
             )  # fmt: skip
             walk = rounding_drift(self.zo, args.learning_rate)
             if walk > 1:
@@ -127,7 +128,7 @@ class OurTrainer(ResumableTrainer):
         if not self.zeroth_order:
             return super().training_step(model, inputs, num_items_in_batch)
         losses = self.ask(model, self._prepare_inputs(inputs), self.method.points())
-        self.zo.add(losses, self.fraction)
+        self.zo.add_losses(losses, self.fraction)
         return torch.tensor(math.fsum(losses) / len(losses) * self.fraction, device=self.args.device)
 
     def shared_step(self, regular: Callable, model, inputs):
@@ -146,7 +147,7 @@ class OurTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             totals = exchange.total()
             if zo:
-                self.zo.add(totals)
+                self.zo.add_losses(totals)
             else:
                 data_parallel.sum_gradients(
                     [p for p in collectives.optimizer_params(self.optimizer) if p.requires_grad]
@@ -189,7 +190,11 @@ class OurTrainer(ResumableTrainer):
         inputs = next(batch for batch in self.get_train_dataloader() if "input_ids" in batch)
         inputs = self._prepare_inputs(inputs)
         self.model.eval()
-        for line in recommendations(diagnose(self.zo, partial(self.loss_fn, self.model, inputs)), self.zo):
+        try:
+            diagnosis = diagnose(self.zo, partial(self.loss_fn, self.model, inputs))
+        except ValueError as error:
+            raise UsageError(f"--zo_check: {error}") from error
+        for line in recommendations(diagnosis, self.zo):
             logger.info(line)
         self.optimizer = None  # a resume may go on in a later round, of other shapes, and makes its own
 
@@ -213,9 +218,9 @@ class OurTrainer(ResumableTrainer):
 
     def log(self, logs, start_time=None):
         if self.zeroth_order and "loss" in logs and self.args.objective:
-            logs["zero_gradient_share"] = self.zo.scalars["zero"] / max(1, self.zo.scalars["step"])
-        if self.zeroth_order and "loss" in logs and self.zo.scalars["skipped"]:
-            logs["skipped_steps"] = self.zo.scalars["skipped"]
+            logs["zero_gradient_share"] = self.zo.counts.zero / max(1, self.zo.counts.step)
+        if self.zeroth_order and "loss" in logs and self.zo.counts.skipped:
+            logs["skipped_steps"] = self.zo.counts.skipped
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)  # a NaN that has been logged must not spoil the sums to come
         super().log(logs, start_time)
 

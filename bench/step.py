@@ -127,9 +127,11 @@ def side(kind: str, args, dtype: str):
 
     else:
         full = kind.startswith("full")
-        spread = None if full else framework.lora_module.spread
+        set_perturbations = None if full else framework.lora_module.set_perturbations
         distribution = "rademacher" if kind == "full-signs" else "gaussian"
-        engine = ZerothOrder(model, 1e-9, 1e-3, master=not full, spread=spread, distribution=distribution)
+        engine = ZerothOrder(
+            model, 1e-9, 1e-3, master=not full, set_perturbations=set_perturbations, distribution=distribution
+        )
 
         def step(batch, examples):
             wish = "on" if kind == "lora-copies" else "auto"
@@ -159,7 +161,7 @@ def sweeps(model) -> tuple[float, float]:
         for p in params:
             p.add_(0.0)
 
-    block = ZerothOrder(params, master=False).slots[0].block or counter_rng.CHUNK_SIZE
+    block = ZerothOrder(params, master=False).blocks[0].chunk_size or counter_rng.CHUNK_SIZE
 
     def generate():
         for p in params:

@@ -75,7 +75,7 @@ def side(form: str, k: int, dtype: str):
     made = run.Framework(run.parse(flags.split()), run.get_task("Reviews", STARTER))
     model, lora = made.model, made.lora_module
     grow(lora, k)
-    engine = ZerothOrder(model, 1e-9, 1e-2, master=True, spread=lora.spread)
+    engine = ZerothOrder(model, 1e-9, 1e-2, master=True, set_perturbations=lora.set_perturbations)
 
     def step(batch) -> None:
         n = points_per_forward(batch["input_ids"].numel(), 2, True, True)

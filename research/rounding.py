@@ -29,7 +29,7 @@ def arms(dtype: torch.dtype, n: int, steps: int, g_rms: float) -> None:
     engine = ZerothOrder([chance], ETA, EPS, master=False)
     truth, nearest, in_place, lost = start.double(), start.clone(), start.clone(), {}
     for step, g in enumerate(gs):
-        z = engine.direction(engine.slots[0], 0, range(n))
+        z = engine.directions.z(engine.blocks[0], 0)
         before = chance.clone(), nearest.clone()
         engine.losses = [g * EPS, -g * EPS]
         engine.step()

@@ -93,10 +93,10 @@ def measure(made, examples, eps: float, step_too: bool) -> dict:
         found["of A, trace"] = fmean(curvatures([params[i] for i in of_a])[1]) / trace
     if not step_too:
         return found
-    order = [next(i for i, p in enumerate(params) if p is one) for slot in engine.slots for one in slot.parts]
+    order = [next(i for i, p in enumerate(params) if p is one) for block in engine.blocks for one in block.params]
     gs = []
     for q in range(STEPS):
-        z = [part for slot in engine.slots for part in slot.split(engine.direction(slot, q, range(0)))]
+        z = [part for block in engine.blocks for part in block.split(engine.directions.z(block, q))]
         grads = each[q % len(each)]
         gs.append(sum(float((grads[i] * part).sum()) for i, part in zip(order, z, strict=True)))
     found["steps"] = []
@@ -195,7 +195,7 @@ def main() -> None:
         made.lora_module.require_grad()
         show(f"{name}, start", measure(made, look, eps, True))
         of_lora = [{"params": made.lora_module.parameters()}]
-        engine = ZerothOrder(of_lora, rate, eps, seed=1, normalize=True, master=True, spread=made.lora_module.spread)
+        engine = ZerothOrder(of_lora, rate, eps, seed=1, normalize=True, master=True, set_perturbations=made.lora_module.set_perturbations)
         for before, after in pairwise(looks):
             train(made, engine, learn, range(before, after), looks[-1], rate, every)
             show(f"{name}, after {after} steps", measure(made, look, eps, after == looks[-1]))

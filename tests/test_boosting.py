@@ -151,9 +151,9 @@ def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, 
     states, merge = [], OurTrainer.merge
 
     def watching(self, length):
-        states.append(len(self.zo.inner.state))
+        states.append(len(self.zo.weights.torch_optimizer.state))
         merge(self, length)
-        states.append(len(self.zo.inner.state))
+        states.append(len(self.zo.weights.torch_optimizer.state))
 
     monkeypatch.setattr(OurTrainer, "merge", watching)
     framework(f"--trainer zo --zo_optim {optim} --xgblora --xgblora_steps_per_iteration 3 --max_steps 6")

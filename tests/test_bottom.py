@@ -45,7 +45,7 @@ def test_losses_above_what_is_given_are_those_of_whole_forwards(family, copies, 
     store = activation_cache.ActivationCache(model, layers, first, examples, plain)
     stored = packing.pack(store.examples, plain)
     with torch.inference_mode():
-        lora.spread(perturbation(lora, copies) if copies else None)
+        lora.set_perturbations(perturbation(lora, copies) if copies else None)
         expected = logprobs.loss(model, batch, True, copies)
         with activation_cache.skip_lower_layers(layers, first, hidden):
             assert torch.allclose(logprobs.loss(model, batch, True, copies), expected, atol=2e-5)
@@ -78,7 +78,7 @@ def test_the_lower_layers_run_once_for_all_points(family):
         layer.register_forward_hook(lambda *a, i=i: calls.__setitem__(i, calls[i] + 1))
     batch = packing.pack(some_examples(4))
     hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
-    engine = ZerothOrder([{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, spread=lora.spread)
+    engine = ZerothOrder([{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, set_perturbations=lora.set_perturbations)
     with activation_cache.skip_lower_layers(layers, first, hidden):
         engine.estimate(lambda **k: logprobs.loss(model, batch, True, **k), copies=2)
     assert calls == [1, 3]

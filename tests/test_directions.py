@@ -45,7 +45,7 @@ def test_directions_over_steps_are_standard_normal_at_one_element():
 def test_any_block_of_a_direction_is_the_same_numbers(start, monkeypatch):
     whole = gaussian((3, 4), start, 5001)
     assert torch.equal(gaussian((3, 4), start + 17, 1000), whole[17:1017])
-    monkeypatch.setattr(counter_rng, "BLOCK", 64)
+    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", 64)
     assert torch.equal(gaussian((3, 4), start, 5001), whole)
 
 

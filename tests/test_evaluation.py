@@ -261,7 +261,7 @@ TASK_FLAGS = {
     "--task_name SST2 --eos_token=": ("--eos_token",),
     "--task_name SST2 --seed 4294967296": ("--seed", "2**32"),
     "--task_name SST2 --trainer zo --lora --zo_method lozo": ("--zo_method lozo", "adapters"),
-    "--task_name SST2 --trainer zo --lora --zo_check --zo_eps 1e-12 --max_steps 1": ("--zo_check", "larger --zo_eps"),
+    "--task_name SST2 --trainer zo --lora --zo_check --zo_eps 1e-12 --max_steps 1": ("--zo_check", "larger eps"),
 }
 
 

@@ -146,10 +146,10 @@ def test_both_signs_of_adapters_in_one_forward(family):
     model = tiny_model(family)
     lora = LoRA(model, 2, 16, seed=1)
     train_a_bit(lora, 0, scale=0.5)
-    engine = ZerothOrder(model, eps=1e-2, master=True, spread=lora.spread)
+    engine = ZerothOrder(model, eps=1e-2, master=True, set_perturbations=lora.set_perturbations)
     closure = closure_of(model, family)
     one_by_one = losses(engine, closure, 1)
-    assert losses(engine, closure, 2) == pytest.approx(one_by_one, rel=1e-5) and not engine.one_by_one
+    assert losses(engine, closure, 2) == pytest.approx(one_by_one, rel=1e-5) and not engine.forward_per_point
     assert abs(one_by_one[0] - one_by_one[1]) > 1e-4
 
 
@@ -163,7 +163,7 @@ def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
     for copies in (1, 2, 2):
         assert losses(engine, closure, copies) == pytest.approx(expected, rel=5e-6), copies
     together = FACTS[family][2]
-    assert engine.one_by_one != together and len(caplog.records) == (not together)
+    assert engine.forward_per_point != together and len(caplog.records) == (not together)
     g = (engine.losses[0] - engine.losses[1]) / 2e-2
     wanted = perturbed(model, engine, 0, -1e-3 * g)
     engine.step()
@@ -173,7 +173,7 @@ def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
 
 def test_no_matrix_is_perturbed_whole(family, monkeypatch, caplog):
     """Only stacked experts are, and the log says how much that is."""
-    monkeypatch.setattr(counter_rng, "BLOCK", 300)  # norms, biases and what is made of them have fewer elements
+    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", 300)  # norms, biases and what is made of them have fewer elements
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, master=False)
     losses(engine, closure_of(model, family, 3), 1)
@@ -247,14 +247,14 @@ def test_layers_below_the_adapted_one_run_once(family):
         batch = packing.pack(examples, plain)
         hidden = activation_cache.capture_hidden_states(layers[first], partial(logprobs.loss, model, batch, True))
         with torch.inference_mode():
-            lora.spread(deltas)
+            lora.set_perturbations(deltas)
             expected = logprobs.loss(model, batch, True, 2)
             hook = layers[0].register_forward_hook(lambda *args: calls.append(1))
             for states in (hidden, store(batch)):
                 with activation_cache.skip_lower_layers(layers, first, states):
                     assert torch.allclose(logprobs.loss(model, batch, True, 2), expected, atol=2e-5)
             hook.remove()
-            lora.spread(None)
+            lora.set_perturbations(None)
     assert not calls
 
 

@@ -59,7 +59,7 @@ def test_ar1_zo_moves_one_atom_a_step_and_every_atom_in_turn():
     full = ZerothOrder([{"params": lora.parameters()}], 1e-4, 1e-3, seed=1, master=True)
     for step in range(6):
         before = [p.clone() for p in lora.parameters()]
-        z = full.slots[0].split(gaussian((1, step, 0), 0, full.slots[0].param.numel()))
+        z = full.blocks[0].split(gaussian((1, step, 0), 0, full.blocks[0].param.numel()))
         engine.step(loss)
         g = engine.projected_grads[0]
         for i, (p, old, direction) in enumerate(zip(lora.parameters(), before, z, strict=True)):
@@ -77,10 +77,10 @@ class AsLOZO(LOZO):
         super().__init__()
         self.adapters, self.lora, self.weights = adapters, lora, weights
 
-    def direction(self, noise, slot, step, query, rows, device):
-        i = next(i for i, w in enumerate(self.weights) if w is slot.param)
-        flat = self.adapters.slots[0]
-        u = flat.split(Method.direction(self, noise, flat, step, query, range(len(flat.param)), device).view(-1))[i]
+    def direction(self, source, block, step, query, rows, device):
+        i = next(i for i, w in enumerate(self.weights) if w is block.param)
+        flat = self.adapters.blocks[0]
+        u = flat.split(Method.direction(self, source, flat, step, query, range(len(flat.param)), device).view(-1))[i]
         module = self.lora.lora_modules[i]
         return u[rows.start : rows.stop] @ (module.scaling * module.lora_A)
 

@@ -34,7 +34,7 @@ def test_head_tuning_trains_the_head_alone(family, untied):
     zo.step(lambda: logprobs.loss(model, batch, True))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(changed) == 1 and torch.equal(head, dict(model.named_parameters())[changed.pop()])
-    z = zo.direction(zo.slots[0], 0, range(0, 1))
+    z = zo.directions.z_rows(zo.blocks[0], 0, range(0, 1))
     assert z.shape[-1] == head.shape[-1]
 
 
@@ -43,7 +43,7 @@ def test_a_streamed_step_of_the_head_equals_the_plain_one():
     load_model.train_head_only(model)
     head = model.get_output_embeddings().weight
     zo = ZerothOrder(model, 1e-3, 1e-2, 0, master=False)
-    z = zo.direction(zo.slots[0], 0, range(len(head))).clone()
+    z = zo.directions.z(zo.blocks[0], 0).clone()
     start, losses = head.detach().clone(), []
     with torch.inference_mode():
         for sign in (1, -1):

@@ -1,4 +1,4 @@
-"""The kernels of noise.py give the bits of directions.py: on a GPU, or where there is none in Triton's interpreter.
+"""The kernels of rng_kernels.py give the bits of counter_rng.py: on a GPU, or where there is none in Triton's interpreter.
 
 Run as a script in a process of its own, because the interpreter is chosen when kernels are defined.
 """
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scoring import logprobs, packing
-from zo import counter_rng, optimizer, rng_kernels
+from zo import counter_rng, rng_kernels, step_directions
+from zo.optimizer import ZerothOrder
 
 NO_TRITON = "no Triton here: it comes with torch's CUDA builds"
 
@@ -58,7 +59,7 @@ def check() -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 values, scales = torch.randn(n).to(dtype), [1e-3, -1e-3, 2.0]
                 given = values.to(device, copy=True)
-                for got, scale in zip(source.shown((3, 0), start, given, scales), scales, strict=True):
+                for got, scale in zip(source.perturbed((3, 0), start, given, scales), scales, strict=True):
                     wanted = (z * scale).add_(values.float()).to(dtype)
                     if interpreted and dtype == torch.bfloat16:  # whose cast cuts off instead of rounding
                         assert (got.view(torch.int16) - wanted.view(torch.int16)).abs().max() <= 1, (name, start, n)
@@ -83,11 +84,11 @@ def check_engine(device: str) -> None:
     for family, queries in (("llama", 1), ("gpt2", 2)):
         found = []
         for kernels in (True, False):
-            optimizer.kernels_available = rng_kernels.kernels_available if kernels else lambda device: False
+            step_directions.kernels_available = rng_kernels.kernels_available if kernels else lambda device: False
             model = tiny_model(family).to(device)
             batch = {name: t.to(device) for name, t in packing.pack(some_examples()).items()}
             groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
-            engine = optimizer.ZerothOrder(groups, 1e-3, 1e-2, queries=queries, master=False)
+            engine = ZerothOrder(groups, 1e-3, 1e-2, queries=queries, master=False)
             losses = [engine.step(partial(logprobs.loss, model, batch, True)) for _ in range(2)]
             found.append((losses, [p.detach().cpu() for p in model.parameters()]))
         (losses, ours), (expected, theirs) = found

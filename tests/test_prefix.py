@@ -90,9 +90,9 @@ def test_copies_see_perturbations_of_their_own(family, reparam):
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(2)
         deltas = [0.1 * torch.randn(3, *p.shape) for p in made.parameters()]
-        made.spread(deltas)
+        made.set_perturbations(deltas)
         together = logprobs.loss(model, batch, True, copies=3)
-        made.spread(None)
+        made.set_perturbations(None)
         before = [p.clone() for p in made.parameters()]
         for i in range(3):
             for p, start, delta in zip(made.parameters(), before, deltas, strict=True):
@@ -104,8 +104,8 @@ def test_copies_see_perturbations_of_their_own(family, reparam):
 def test_a_zeroth_order_step_is_the_plain_one(family, copies):
     model, made = with_prefix(family)
     batch, start = packing.pack(some_examples()), made.embedding.detach().clone()
-    zo = ZerothOrder([{"params": list(made.parameters())}], 1e-2, 1e-1, 3, master=True, spread=made.spread)
-    z = zo.direction(zo.slots[0], 0, range(0)).clone().view(start.shape)
+    zo = ZerothOrder([{"params": list(made.parameters())}], 1e-2, 1e-1, 3, master=True, set_perturbations=made.set_perturbations)
+    z = zo.directions.z(zo.blocks[0], 0).clone().view(start.shape)
     losses = []
     with torch.inference_mode():
         for sign in (1, -1):

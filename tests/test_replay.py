@@ -131,7 +131,7 @@ def test_the_check_is_printed_before_the_run(go, caplog):
     caplog.set_level("INFO")
     go(f"{BOOST} --zo_check --zo_eps 1e-2")
     calm = adapter_bytes()
-    said = [record.message for record in caplog.records if record.message.startswith("zo_check")]
+    said = [record.message for record in caplog.records if record.message.startswith("diagnosis")]
     assert "49 forwards" in said[0] and len(said) >= 2
     go(f"{BOOST} --zo_eps 1e-2 --output_dir other")
     assert adapter_bytes("other") == calm  # it changes nothing

@@ -20,7 +20,7 @@ from zo import counter_rng
 from zo.diagnostics import diagnose, recommendations
 from zo.method import Method
 from zo.methods import LOZO
-from zo.optimizer import NonFiniteLoss, ZerothOrder
+from zo.optimizer import NonFiniteLoss, StepCounts, ZerothOrder
 from zo.rng_kernels import DirectionSource
 from zo.trajectory import Trajectory
 
@@ -147,13 +147,13 @@ def test_a_non_finite_loss_is_skipped_and_counted():
     p = nn.Parameter(torch.ones(4))
     engine = ZerothOrder([p], lr=0.1, eps=1e-2, normalize=True)
     engine.step(lambda: (p**2).sum())
-    before, scalars = p.detach().clone(), dict(engine.scalars)
+    before = p.detach().clone()
     for bad in (math.nan, math.inf):
         engine.step(lambda bad=bad: bad)
         assert torch.equal(p, before)
-    assert engine.scalars == {**scalars, "step": 3, "skipped": 2, "in_a_row": 2}
+    assert engine.counts == StepCounts(step=3, skipped=2, in_a_row=2)
     engine.step(lambda: (p**2).sum())
-    assert not torch.equal(p, before) and engine.scalars["in_a_row"] == 0
+    assert not torch.equal(p, before) and engine.counts.in_a_row == 0
 
 
 def test_fifty_non_finite_losses_in_a_row_stop_the_run():
@@ -162,7 +162,7 @@ def test_fifty_non_finite_losses_in_a_row_stop_the_run():
     with pytest.raises(NonFiniteLoss, match="50 steps in a row"):
         for _ in range(60):
             engine.step(lambda: math.nan)
-    assert engine.scalars["step"] == 50 and torch.equal(p, torch.ones(4))
+    assert engine.counts.step == 50 and torch.equal(p, torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,10 +191,10 @@ def test_updates_too_small_for_bf16_are_not_lost():
     engine = ZerothOrder([p], lr=1.0, eps=1e-3, master=True)
     sign = 1 if gaussian((0, 0, 0), 0, 1).item() > 0 else -1
     for _ in range(10):
-        engine.scalars["step"] = 0  # the same z each time
+        engine.counts.step = 0  # the same z each time
         engine.losses = [sign * 1e-8, -sign * 1e-8]  # g = ±1e-5
         engine.step()
-    moved = engine.slots[0].param - 1
+    moved = engine.blocks[0].param - 1
     expected = -sign * 10 * 1e-5 * gaussian((0, 0, 0), 0, 100)
     assert torch.allclose(moved, expected, rtol=0.02, atol=2e-6)
 
@@ -216,7 +216,7 @@ def test_weights_without_storage_are_refused():
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("block", [64, 1 << 18])
 def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, block, monkeypatch):
-    monkeypatch.setattr(counter_rng, "BLOCK", block)
+    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", block)
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, seed=3, queries=2, distribution=distribution, master=False)
     batch = packing.pack(some_examples())
@@ -228,7 +228,7 @@ def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, 
         engine.losses = [0.0] * 4
         engine.estimate(closure, copies=copies)
         assert engine.losses == pytest.approx(expected, rel=2e-6), copies
-    assert not engine.one_by_one  # copies were not given up
+    assert not engine.forward_per_point  # copies were not given up
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -268,7 +268,7 @@ def test_parameters_used_in_their_own_way_are_perturbed_too():
     assert engine.losses == pytest.approx(expected, rel=1e-5)
     engine.losses = [0.0, 0.0]
     engine.estimate(closure, copies=2)  # inside this attention tokens come first: one forward a point, and right
-    assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
+    assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.forward_per_point
 
 
 class Routed(nn.Module):
@@ -304,7 +304,7 @@ def test_where_copies_can_t_be_told_apart_each_point_has_a_forward(kind, caplog)
     for _ in range(2):
         engine.losses = [0.0, 0.0]
         engine.estimate(closure, copies=2)
-        assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.one_by_one
+        assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.forward_per_point
     assert len(caplog.records) == 1
 
 
@@ -315,13 +315,13 @@ def test_adapted_experts_have_a_forward_for_each_point(caplog):
     lora = LoRA(model, 2, 16, targets=["experts.0", "experts.1"])
     for module in lora.lora_modules:
         module.lora_B.data.normal_()
-    engine = ZerothOrder(model, eps=1e-2, master=True, spread=lora.spread)
+    engine = ZerothOrder(model, eps=1e-2, master=True, set_perturbations=lora.set_perturbations)
     found = []
     for copies in (1, 2):
         engine.losses = [0.0, 0.0]
         engine.estimate(lambda copies=1: model(x.repeat(copies, 1, 1), copies), copies=copies)
         found.append(engine.losses)
-    assert found[0] == found[1] and engine.one_by_one and len(caplog.records) == 1
+    assert found[0] == found[1] and engine.forward_per_point and len(caplog.records) == 1
 
 
 def test_no_second_copy_and_no_large_temporary(monkeypatch):
@@ -338,7 +338,7 @@ def test_no_second_copy_and_no_large_temporary(monkeypatch):
             return out
 
     engine = ZerothOrder(model, lr=1e-3, eps=1e-2, master=False)
-    monkeypatch.setattr(counter_rng, "BLOCK", 1 << 14)
+    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", 1 << 14)
     with Watch():
         engine.step(lambda: model(ids).mean())
     assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
@@ -363,9 +363,9 @@ def test_updates_without_a_master_are_right_in_the_mean(dtype):
     for step in range(400):
         p = nn.Parameter(start.clone())
         engine = ZerothOrder([p], lr=1.0, eps=1e-3, seed=7, master=False)
-        engine.scalars["step"] = step
+        engine.counts.step = step
         engine.losses = [g * 1e-3, -g * 1e-3]
-        zs.append(engine.direction(engine.slots[0], 0, range(64)))
+        zs.append(engine.directions.z(engine.blocks[0], 0))
         engine.step()
         moves.append(p.detach().float() - start.float())
     moves, zs = torch.stack(moves), torch.stack(zs)
@@ -383,7 +383,7 @@ def test_copies_of_adapters_equal_one_forward_a_point(family, queries):
         lora = LoRA(model, 2, 16, seed=1, freeze_a=freeze_a)
         for module in lora.lora_modules:
             module.lora_B.data.normal_()
-        engine = ZerothOrder(model, eps=1e-2, queries=queries, master=True, spread=lora.spread)
+        engine = ZerothOrder(model, eps=1e-2, queries=queries, master=True, set_perturbations=lora.set_perturbations)
         closure = partial(logprobs.loss, model, packing.pack(some_examples()), True)
         found = []
         for copies in (1, 2, 2 * queries):
@@ -412,7 +412,7 @@ def test_a_query_that_is_not_finite_is_left_out():
     engine.losses = [math.nan, 1.0, 2.0, 1.0]
     engine.step()
     z = gaussian((2, 0, 1), 0, 5)
-    assert torch.allclose(p, 1 - 0.1 * 500 / 2 * z) and engine.scalars["skipped"] == 1
+    assert torch.allclose(p, 1 - 0.1 * 500 / 2 * z) and engine.counts.skipped == 1
     assert math.isnan(engine.trajectory.coefficients[0][0]) and engine.trajectory.coefficients[0][1] == 25
 
 
@@ -440,12 +440,12 @@ def test_torch_optimizers_take_the_estimate_as_a_gradient(optim):
     state = copy.deepcopy(engine.state_dict())
     again = ZerothOrder([nn.Parameter(p.detach().clone())], lr=0.01, eps=1e-3, master=True, optim=optim, normalize=True)
     again.load_state_dict(state)
-    q = again.slots[0].parts[0]
+    q = again.blocks[0].params[0]
     engine.step(lambda: ((p - target) ** 2).sum())
     again.step(lambda: ((q - target) ** 2).sum())
     assert torch.equal(p, q)
     engine.restart()
-    assert not engine.inner.state
+    assert not engine.weights.torch_optimizer.state
 
 
 def test_an_optimizer_with_state_needs_a_master():
@@ -457,15 +457,15 @@ def test_low_rank_directions_are_of_low_rank_and_lazily_drawn():
     model = nn.Linear(30, 20)
     method = LOZO()
     engine = ZerothOrder(model, lr=0.1, eps=1e-3, method=method, master=False)
-    weight, bias = engine.slots
+    weight, bias = engine.blocks
     seen = []
     for step in (0, 1, 49, 50):
-        engine.scalars["step"] = step
-        z = engine.direction(weight, 0, range(20))
+        engine.counts.step = step
+        z = engine.directions.z(weight, 0)
         assert torch.linalg.matrix_rank(z) == 2
-        assert torch.allclose(engine.direction(weight, 0, range(5, 9)), z[5:9])
+        assert torch.allclose(engine.directions.z_rows(weight, 0, range(5, 9)), z[5:9])
         seen.append(torch.linalg.svd(z)[2][:2])
-        assert engine.direction(bias, 0, range(20)).unique().numel() > 10
+        assert engine.directions.z(bias, 0).unique().numel() > 10
     spans = [torch.linalg.matrix_rank(torch.cat([seen[0], other]), tol=1e-4) for other in seen]
     assert spans == [2, 2, 2, 4]
     drawn = torch.stack([LOZO().direction(DirectionSource(s), weight, 0, 0, range(20), "cpu") for s in range(300)])
@@ -651,8 +651,8 @@ def test_the_check_knows_a_quadratic():
     assert found.trace == pytest.approx(h.sum().item(), rel=0.05)
     assert found.g == pytest.approx(gradient.norm().item(), rel=0.05)
     assert found.largest_lr == pytest.approx(expected.item(), rel=0.1)
-    assert found.noise_share < 1e-3 and found.bend < 1e-3 and found.forwards == 1 + 6 * 2000
-    assert torch.equal(p, x) and engine.scalars["step"] == 0
+    assert found.noise_share < 1e-3 and found.nonlinearity < 1e-3 and found.forwards == 1 + 6 * 2000
+    assert torch.equal(p, x) and engine.counts.step == 0
     assert "fit" in recommendations(found, engine)[-1]
     engine.param_groups[0]["lr"] = 10.0
     assert any("learning rate 10 is above" in line for line in recommendations(found, engine))
@@ -674,16 +674,16 @@ def test_the_check_finds_an_eps_that_leaves_the_linear_range():
     p = nn.Parameter(torch.zeros(50))
     engine = ZerothOrder([p], eps=1.0)
     found = diagnose(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
-    assert found.bend > 0.2
+    assert found.nonlinearity > 0.2
     inside = diagnose(ZerothOrder([p], eps=found.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
-    assert inside.bend < 0.15
+    assert inside.nonlinearity < 0.15
 
 
 def test_the_check_tells_a_rounding_walk():
     p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
     found = diagnose(engine, lambda: (p.float() ** 2).sum())
-    assert found.walk > 10 and any("adapters" in line for line in recommendations(found, engine))
+    assert found.rounding_drift > 10 and any("adapters" in line for line in recommendations(found, engine))
 
 
 def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():

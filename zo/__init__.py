@@ -1,4 +1,4 @@
-"""Zeroth-order training: fit any torch module with forward passes only (MeZO, arXiv 2305.17333). See README.md."""
+"""Zeroth-order training: fit any torch module with forward passes only (MeZO, arXiv 2305.17333)."""
 
 from zo.method import Method
 from zo.methods import AR1ZO, FZOO, LOZO, METHODS

@@ -1,13 +1,14 @@
 """Directions: random numbers that are pure functions of a counter (seed, step, query) and an element's index.
 
-Nothing is stored and no global generator is touched: any block of a direction, on any device, with any number of
-threads, is the same bits. One idea: a 32-bit mixing hash of the index under keys of the counter gives words; a word
-gives two normal elements by table look-up, or 32 signs. Integer operations and gathers only.
+Nothing is stored and no global generator is touched: any block of a direction, on any device, with any number
+of threads, is the same bits. One idea: a 32-bit mixing hash of the index under keys of the counter gives
+words; a word gives two normal elements by table look-up, or 32 signs. Integer operations and gathers only.
 """
 
 import functools
 import hashlib
 import math
+import struct
 from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
@@ -21,10 +22,12 @@ WORDS_PER_KEY = 1 << 30  # words under one key: the index above goes into the ke
 
 @functools.cache
 def normal_table() -> Tensor:
-    """Return [65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of 2^-19.
+    """Return [65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of
+    2^-19.
 
-    A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the last bits
-    of a machine's libm could move it (tests/test_directions.py), so the table has the same bits everywhere.
+    A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the
+    last bits of a machine's libm could move it (tests/test_directions.py), so the table has the same bits
+    everywhere.
     """
     upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
     scale = math.sqrt(32768 / math.fsum(x * x for x in upper))
@@ -46,25 +49,26 @@ def sign_table(device) -> Tensor:
 
 
 def direction_key(*counter) -> tuple[int, int]:
-    """Return two 32-bit keys of (seed, step, ...), as signed integers: different counters give unrelated streams."""
+    """Return two 32-bit keys of (seed, step, ...), signed: different counters give unrelated streams."""
     digest = hashlib.blake2b(",".join(map(str, counter)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
+    return struct.unpack("<ii", digest)
 
 
 def hash32(counter: Tensor, keys: tuple[int, int]) -> Tensor:
     """Return a 32-bit mixing hash of an int32 counter under two keys, in place; products wrap.
 
-    Three rounds of xor-shift and odd multiplication (constants of C. Wellons' `triple32` search), the second key
-    added between them, so that two streams are not the same numbers in another order.
+    Three rounds of xor-shift and odd multiplication (constants of C. Wellons' `triple32` search), the second
+    key added between them, so that two streams are not the same numbers in another order.
     """
     x = counter.mul_(-1640531527).add_(keys[0])
-    for shift, multiplier, key in ((17, -312814405, keys[1]), (11, -1404298415, keys[0]), (15, 830770091, keys[1])):
+    rounds = ((17, -312814405, keys[1]), (11, -1404298415, keys[0]), (15, 830770091, keys[1]))
+    for shift, multiplier, key in rounds:
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier).add_(key)
     return x.bitwise_xor_((x >> 14).bitwise_and_((1 << 18) - 1))
 
 
 def words_at(counter: tuple, index: Tensor) -> Tensor:
-    """Return words of a stream at these indices (int64, any shape), int32: the definition; `word_range` is faster."""
+    """Return words of a stream, int32, at indices (int64, any shape); of a range `word_range` is faster."""
     words = torch.empty_like(index, dtype=torch.int32)
     for high in (index // WORDS_PER_KEY).unique().tolist():
         under_key = index // WORDS_PER_KEY == high
@@ -86,7 +90,7 @@ def word_range(counter: tuple, start: int, count: int, device) -> Tensor:
 
 
 class Distribution(NamedTuple):
-    """How many elements a word gives, and how: words [n] int32 -> [n · per_word] fp32 of mean 0 and variance 1."""
+    """How many elements a word gives, and how: [n] int32 -> [n · per_word] fp32 of mean 0 and variance 1."""
 
     per_word: int
     decode: Callable[[Tensor], Tensor]
@@ -124,7 +128,7 @@ def direction_range(name: str, counter: tuple, start: int, count: int, device="c
 
 
 def direction_rows(name: str, counter: tuple, offset: int, row_numel: int, index: Tensor) -> Tensor:
-    """Return [len(index), row_numel] fp32: rows of a matrix whose first element is element `offset` of a direction."""
+    """Return [len(index), row_numel] fp32: rows of a matrix that begins at element `offset` of z."""
     per_word, decode = DISTRIBUTIONS[name]
     start = offset + index * row_numel
     span = torch.arange(row_numel // per_word + 2, device=index.device)
@@ -140,10 +144,11 @@ def direction_rows(name: str, counter: tuple, offset: int, row_numel: int, index
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: int) -> Tensor:
-    """Return [n] fp32 as float16 or bfloat16, up or down by chance, so that the mean over seeds is the value itself.
+    """Return [n] fp32 as float16 or bfloat16, up or down by chance, so that the mean over seeds is the value
+    itself.
 
-    The chance is 16 bits of element start + i of the stream of `counter`. Overflow becomes infinity, as rounding to
-    nearest has it.
+    The chance is 16 bits of element start + i of the stream of `counter`. Overflow becomes infinity, as
+    rounding to nearest has it.
     """
     first, skip = divmod(start, 2)
     chance = word_range(counter, first, -(-(skip + len(values)) // 2), values.device).view(torch.int16)

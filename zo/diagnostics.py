@@ -1,9 +1,9 @@
-"""Diagnose a setting before training: does ε drown in rounding or leave the linear range, is the rate too large, does
-the precision hold?
+"""Diagnose a setting before training: does ε drown in rounding or leave the linear range, is the rate too
+large, does the precision hold?
 
-Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀, which is
-ε² zᵀHz + …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a sample of zᵀHz, whose
-mean is the trace of the Hessian; and the projected gradient g shall not depend on ε.
+Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀,
+which is ε² zᵀHz + …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a
+sample of zᵀHz, whose mean is the trace of the Hessian; and the projected gradient g shall not depend on ε.
 """
 
 import math
@@ -34,7 +34,8 @@ class Diagnosis:
         trace: of the Hessian.
         largest_lr: above this learning rate the expected loss rises; NaN: cannot be told.
         eps: the range in which both errors of g stay below a tenth; an end is None where it was not seen.
-        rounding_drift: how far stochastic rounding carries the weights, relative to the updates (0: fp32 weights).
+        rounding_drift: how far stochastic rounding carries the weights, relative to the updates (0: fp32
+            weights).
         forwards: number of forward passes.
     """
 
@@ -89,14 +90,13 @@ def diagnose(engine: ZerothOrder, closure: Callable, directions: int = 8) -> Dia
 
     curvature = [difference / eps**2 for difference in second_difference[1.0]]
     weighted = fmean(c * x * x for c, x in zip(curvature, g[1.0], strict=True))
-    lowest_eps = noise_of_g * eps / (MAX_ERROR * noiseless) if noise else None
-    highest_eps = eps * math.sqrt(MAX_ERROR * noiseless / bend) if bend > 0.01 * noiseless else None
-    normalize = engine.gradient_scale.normalize
+    lowest = noise_of_g * eps / (MAX_ERROR * noiseless) if noise else None
+    highest = eps * math.sqrt(MAX_ERROR * noiseless / bend) if bend > 0.01 * noiseless else None
+    length = engine.param_groups[0]["lr"] * (1.0 if engine.gradient_scale.normalize else measured)
     return Diagnosis(
         noise=noise, g=noiseless, noise_share=noise_of_g / noiseless, nonlinearity=bend / noiseless,
-        trace=fmean(curvature), largest_lr=largest_rate(engine, measured, weighted), eps=(lowest_eps, highest_eps),
-        rounding_drift=rounding_drift(engine, engine.param_groups[0]["lr"] * (1.0 if normalize else measured)),
-        forwards=len(points),
+        trace=fmean(curvature), largest_lr=largest_rate(engine, measured, weighted), eps=(lowest, highest),
+        rounding_drift=rounding_drift(engine, length), forwards=len(points),
     )  # fmt: skip
 
 
@@ -111,11 +111,14 @@ def largest_rate(engine: ZerothOrder, g: float, weighted_curvature: float) -> fl
         return math.nan
     largest = 2 * g**2 / weighted_curvature if weighted_curvature > 0 else math.inf
     largest *= engine.method.queries * (g if engine.gradient_scale.normalize else 1.0)
-    return largest * {"sgd": 1.0, "momentum": 0.1}.get(engine.optim, math.nan)  # momentum: steps of 1 / (1 - 0.9)
+    if engine.optim == "momentum":  # steps of 1 / (1 - 0.9)
+        return 0.1 * largest
+    return largest if engine.optim == "sgd" else math.nan
 
 
 def rounding_drift(engine: ZerothOrder, length: float) -> float:
-    """Return √(spacing / update): rounding by chance adds a variance of |u| · spacing to an update u shorter than that.
+    """Return √(spacing / update): rounding by chance adds a variance of |u| · spacing to an update u shorter
+    than that.
 
     Args:
         length: of an update along one coordinate.
@@ -143,10 +146,9 @@ def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
     ]
     if not math.isfinite(diagnosis.g):
         return [*lines, f"diagnosis: the loss is no number at eps {eps:g}"]
+    better = "smaller"
     if lowest:
         better = f"between {lowest:.1e} and {highest:.1e}" if highest else f"above {lowest:.1e}"
-    else:
-        better = "smaller"
     if diagnosis.noise_share > 0.5:
         lines.append(f"diagnosis: eps {eps:g} drowns in rounding; better is one {better}, or float32 weights")
     if diagnosis.nonlinearity > 0.5:
@@ -156,12 +158,13 @@ def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
         lines.append(f"diagnosis: learning rate {lr:g} is above {largest}, from where the loss is to rise")
     if diagnosis.rounding_drift > 1:
         lines.append(
-            f"diagnosis: rounding moves these weights {diagnosis.rounding_drift:.0f} x as far as the updates do; "
-            "adapters or float32 weights keep the updates"
+            f"diagnosis: rounding moves these weights {diagnosis.rounding_drift:.0f} x as far as the updates "
+            "do; adapters or float32 weights keep the updates"
         )
     if len(lines) > 1:
         return lines
     if math.isnan(diagnosis.largest_lr):
         unknown = f"how large a rate optim {engine.optim!r} and this method take cannot be told"
         return [*lines, f"diagnosis: eps {eps:g} fits; {unknown}"]
-    return [*lines, f"diagnosis: eps {eps:g} and learning rate {lr:g} fit (largest: {diagnosis.largest_lr:.1e})"]
+    rate = f"learning rate {lr:g} fit (largest: {diagnosis.largest_lr:.1e})"
+    return [*lines, f"diagnosis: eps {eps:g} and {rate}"]

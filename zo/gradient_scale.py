@@ -24,7 +24,9 @@ class GradientScale:
         self.weight = 1.0  # MEAN_SQUARE_DECAY ** (number of g), for the bias correction
 
     def scale(self, g: float) -> float:
-        """Return a finite g after clip and normaliser, and take it into the running mean."""
+        """Return g after clip and normaliser, and take it into the running mean; NaN for a NaN or ∞."""
+        if not math.isfinite(g):
+            return math.nan
         if self.clip:
             g = max(-self.clip, min(self.clip, g))
         if not self.normalize:

@@ -1,8 +1,8 @@
 """`Method`: plain MeZO, and the seam on which the methods of other papers stand.
 
-A zeroth-order method is where directions come from, at which points the loss is asked for, and how losses become an
-update. That is a subclass of `Method`; the engine does everything else. One-sided differences, each query against the
-same point, are
+A zeroth-order method is where directions come from, at which points the loss is asked for, and how losses
+become an update. That is a subclass of `Method`; the engine does everything else. One-sided differences, each
+query against the same point, are
 
     class OneSided(Method):
         def points(self):
@@ -29,7 +29,7 @@ class Method:
     """
 
     replayable = True  # False: `update` needs more of a step than the coefficients that a trajectory keeps
-    full_only = False  # True: directions need the tensors of a full fine-tune, and adapters lie in one flat vector
+    full_only = False  # True: directions need the shapes of tensors, and adapters lie in one flat vector
     adapters_only = False  # True: directions need the pairs of A and B
     least_queries = 1  # the smallest number of queries that makes sense
 
@@ -41,7 +41,7 @@ class Method:
         return [(query, sign) for query in range(self.queries) for sign in (1.0, -1.0)]
 
     def projected(self, losses: list[float], eps: float) -> list[float]:
-        """Return one projected gradient a query, of one loss a point in the order of `points()`: (ℓ₊ − ℓ₋) / 2ε."""
+        """Return a projected gradient a query, (ℓ₊ − ℓ₋) / 2ε, of the losses at `points()`."""
         return [(plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
 
     def direction(
@@ -52,8 +52,8 @@ class Method:
 
         Args:
             source: the random numbers; `source.rows(counter, …)` draws.
-            block: `block.as_rows` is the tensor. With a master `block.param` is one flat vector of all parameters of a
-                group, which `block.split` gives in their shapes, and `rows` are all of it.
+            block: `block.as_rows` is the tensor. With a master `block.param` is one flat vector of all
+                parameters of a group, which `block.split` gives in their shapes, and `rows` are all of it.
             rows: a range, or int64 indices where an embedding looks rows up.
 
         Returns:
@@ -66,8 +66,9 @@ class Method:
 
         Args:
             values: fp32 (fp64 of fp64 weights), after weight decay.
-            directions: [(coefficient, rows of z)]; the coefficient holds learning rate, clip, normaliser and 1 / queries,
-                and is what a trajectory keeps of a step.
+            directions: [(coefficient, rows of z)]; the coefficient holds learning rate, clip, normaliser and
+                1 / queries, and is what a trajectory keeps of a step.
         """
         for coefficient, z in directions:
-            values.sub_(z * coefficient)  # rounded twice: `alpha=` would fuse on some CPUs and give other bits
+            # Rounded twice: `alpha=` would fuse on some CPUs and give other bits.
+            values.sub_(z * coefficient)

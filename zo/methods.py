@@ -1,4 +1,4 @@
-"""Methods of other papers than MeZO, each a few lines on the seam of `zo.Method`; `METHODS` has them by name."""
+"""Methods of other papers, each a few lines on the seam of `zo.Method`; `METHODS` has them by name."""
 
 import math
 from dataclasses import replace
@@ -14,16 +14,16 @@ from zo.rng_kernels import DirectionSource
 class LOZO(Method):
     """Low-rank directions for full weights, lazily resampled (arXiv 2410.07698, Algorithm 1).
 
-    z of a matrix is U Vᵀ / √r with U [m, r] fresh in every step and V [n, r] drawn anew every `interval` steps, so that
-    the updates of an interval add up to one of rank r. The factor gives its elements variance 1, as full directions
-    have. Vectors get full directions.
+    z of a matrix is U Vᵀ / √r with U [m, r] fresh in every step and V [n, r] drawn anew every `interval`
+    steps, so that the updates of an interval add up to one of rank r. The factor gives its elements variance
+    1, as full directions have. Vectors get full directions.
     """
 
     full_only = True
     rank = 2
     interval = 50
 
-    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+    def direction(self, source: DirectionSource, block: ParamBlock, step, query, rows, device) -> Tensor:
         if block.as_rows.dim() != 2:
             return super().direction(source, block, step, query, rows, device)
         r = self.rank
@@ -49,7 +49,7 @@ class FZOO(Method):
         sigma = stdev(losses[1:]) if finite else math.nan  # NaN: the step is skipped
         return [(loss - losses[0]) / (eps * sigma) if sigma else 0.0 for loss in losses[1:]]
 
-    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+    def direction(self, source: DirectionSource, block: ParamBlock, step, query, rows, device) -> Tensor:
         signs = replace(source, distribution="rademacher")
         return super().direction(signs, block, step, query, rows, device)
 
@@ -57,13 +57,13 @@ class FZOO(Method):
 class AR1ZO(Method):
     """One atom of a LoRA a step: row k of every A and column k of every B, k = step mod r (arXiv 2605.19767).
 
-    The paper scales adapters by α r instead of α / r, so that an atom's signal does not shrink with the rank: with
-    adapters that are scaled by α / r, give α r² (1024 for α = 16 and r = 8).
+    The paper scales adapters by α r instead of α / r, so that an atom's signal does not shrink with the rank:
+    with adapters that are scaled by α / r, give α r² (1024 for α = 16 and r = 8).
     """
 
     adapters_only = True
 
-    def direction(self, source: DirectionSource, block: ParamBlock, step: int, query: int, rows, device) -> Tensor:
+    def direction(self, source: DirectionSource, block: ParamBlock, step, query, rows, device) -> Tensor:
         z = super().direction(source, block, step, query, rows, device)
         factors = block.split(z.view(-1))  # A [r, in] and B [out, r] in turn
         for of_a, of_b in zip(factors[::2], factors[1::2], strict=True):

@@ -13,7 +13,8 @@ class ParamBlock:
     """One trained tensor, and the place of its elements in a direction.
 
     Args:
-        param: the tensor that is updated. With a master: flat [n] fp32 on the host, all parameters of a group.
+        param: the tensor that is updated. With a master: flat [n] fp32 on the host, all parameters of a
+            group.
         offset: number of the tensor's first element in a direction.
         group: index of the optimizer's parameter group.
         weight_decay: λ.
@@ -45,8 +46,9 @@ class ParamBlock:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return views of a flat [n] or [copies, n] tensor in the shapes of the parameters of a master."""
+        copies = flat.shape[:-1]
         sections = flat.split([p.numel() for p in self.params], dim=-1)
-        return [section.view(*flat.shape[:-1], *p.shape) for section, p in zip(sections, self.params, strict=True)]
+        return [section.view(*copies, *p.shape) for section, p in zip(sections, self.params, strict=True)]
 
     def write(self, flat: Tensor) -> None:
         """Write a flat [n] tensor into the parameters of a master."""

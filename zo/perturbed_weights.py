@@ -1,11 +1,11 @@
-"""Perturbed weights without a perturbed copy: inside a `PerturbedWeights` context a torch function that is given a
-trained parameter works with θ + scale · z, of which only some rows exist at a time.
+"""Perturbed weights without a perturbed copy: inside a `PerturbedWeights` context a torch function that is
+given a trained parameter works with θ + scale · z, of which only some rows exist at a time.
 
-Linear layers and GPT-2's Conv1D go through chunks of rows, an embedding touches the rows that are looked up, and what
-is small (norms, biases) is perturbed in one piece for the one call. The parameter itself is never written. One forward
-may hold several copies of a batch, one behind the other along the first axis, each under its own perturbation; then z of
-a chunk is generated once for all of them. What a model computes from small parameters alone (Gemma's 1 + w) is
-remembered, at each point, until it meets the batch.
+Linear layers and GPT-2's Conv1D go through chunks of rows, an embedding touches the rows that are looked up,
+and what is small (norms, biases) is perturbed in one piece for the one call. The parameter itself is never
+written. One forward may hold several copies of a batch, one behind the other along the first axis, each under
+its own perturbation; then z of a chunk is generated once for all of them. What a model computes from small
+parameters alone (Gemma's 1 + w) is remembered, at each point, until it meets the batch.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from zo import counter_rng
 from zo.param_block import ParamBlock
-from zo.step_directions import StepDirections
+from zo.step_directions import Point, StepDirections
 
 # What is asked of a parameter without reading its values.
 METADATA_OPS = {
@@ -39,7 +39,7 @@ MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
 class CopiesUnsupported(RuntimeError):
-    """One forward cannot serve several points: some function has no argument that could be split into copies."""
+    """One forward cannot serve several points: a function has no argument that could be split into copies."""
 
 
 def reads_metadata(func) -> bool:
@@ -58,16 +58,19 @@ class PerturbedWeights(TorchFunctionMode):
         points: [(query, scale)]; with n > 1 of them the batch holds n copies, and copy i sees point i.
         directions: gives z.
 
-    `unchunked_bytes`: of the largest tensor that was perturbed in one piece though it has more than a chunk's elements.
+    `unchunked_bytes`: of the largest tensor that was perturbed in one piece though it has more than a chunk's
+    elements.
     """
 
-    def __init__(self, blocks: list[ParamBlock], points: list[tuple[int, float]], directions: StepDirections):
+    def __init__(self, blocks: list[ParamBlock], points: list[Point], directions: StepDirections):
         super().__init__()
         self.blocks = {id(block.param): block for block in blocks}
         self.points = points
         self.directions = directions
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (W.T, W)
-        self.derived: dict[int, list[Tensor]] = {}  # id of what was computed of parameters alone -> its value at each point
+        self.derived: dict[
+            int, list[Tensor]
+        ] = {}  # id of what was computed of parameters alone -> its value at each point
         self.batch_tokens: set[int] = set()  # tokens of batches seen, all copies
         self.unchunked_bytes = 0
 
@@ -129,7 +132,8 @@ class PerturbedWeights(TorchFunctionMode):
     def split(self, x: Tensor) -> list[Tensor]:
         """Return the copies of a batch, which lie one behind the other along the first axis.
 
-        A matrix must have a row for every token of the batch: tokens that were routed to an expert mix the copies.
+        A matrix must have a row for every token of the batch: tokens that were routed to an expert mix the
+        copies.
         """
         n = len(self.points)
         if n == 1:
@@ -158,13 +162,14 @@ class PerturbedWeights(TorchFunctionMode):
         return y
 
     def addmm(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """`torch.addmm` of GPT-2's Conv1D, whose weight is [in, out], a chunk of the weight's rows at a time."""
+        """`torch.addmm` of GPT-2's Conv1D, whose weight is [in, out], a chunk of rows at a time."""
         block = self.blocks[id(weight)]
         y = x.new_empty(len(x), weight.shape[1])
         for y_i, bias_i in zip(self.split(y), self.biases(bias), strict=True):
             y_i.copy_(bias_i.expand_as(y_i))
         for rows in block.row_chunks():
-            for x_i, y_i, w_i in zip(self.split(x), self.split(y), self.perturbed_rows(block, rows), strict=True):
+            weights = self.perturbed_rows(block, rows)
+            for x_i, y_i, w_i in zip(self.split(x), self.split(y), weights, strict=True):
                 y_i.addmm_(x_i[:, rows.start : rows.stop], w_i)
         return y
 
@@ -205,7 +210,8 @@ class PerturbedWeights(TorchFunctionMode):
             outputs.append(func(*(at(point, a) for a in args), **keywords))
         if n == 1:
             return outputs[0]
-        are_tensors = all(isinstance(output, Tensor) for output in outputs)  # attention in one function gives tuples
+        # Attention in one function gives tuples.
+        are_tensors = all(isinstance(output, Tensor) for output in outputs)
         if are_tensors and num_split:
             return torch.cat(outputs)
         stacked = any(values[0].dim() > 2 for values in tracked.values())  # experts: see `split`

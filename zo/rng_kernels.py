@@ -1,9 +1,10 @@
-"""Where the engine draws directions: `DirectionSource`, by the torch operations of counter_rng.py or by a GPU kernel.
+"""Where the engine draws directions: `DirectionSource`, by the torch operations of counter_rng.py or by a GPU
+kernel.
 
-On a GPU each of those dozen operations would read and write memory and wait for its launch: a hundred times the cost of
-a plain `normal_`. A Triton kernel makes z in registers instead, with the same bits, and does in one pass what is done
-with z: z itself, θ + scale·z at one or two scales, or the update with its stochastic rounding. Triton comes with torch's
-CUDA builds; where it is missing the torch operations serve.
+On a GPU each of those dozen operations would read and write memory and wait for its launch: a hundred times
+the cost of a plain `normal_`. A Triton kernel makes z in registers instead, with the same bits, and does in
+one pass what is done with z: z itself, θ + scale·z at one or two scales, or the update with its stochastic
+rounding. Triton comes with torch's CUDA builds; where it is missing the torch operations serve.
 """
 
 import functools
@@ -31,16 +32,18 @@ ELEMENTS_PER_KEY = 2 * counter_rng.WORDS_PER_KEY
 
 @functools.cache
 def kernels_available(device: torch.device) -> bool:
-    """Return whether kernels draw directions on this device; where they cannot on a GPU, the log says why, once."""
+    """Return whether kernels draw directions on this device; the log says once why a GPU has none."""
     if device.type != "cuda":
         return False
     try:
         if triton is None:
             raise RuntimeError("Triton is not installed")
-        DirectionSource(0).perturbed((), 0, torch.zeros(1, device=device), [1.0])  # it needs a C compiler, say
+        # A kernel may fail to build: there may be no C compiler.
+        DirectionSource(0).perturbed((), 0, torch.zeros(1, device=device), [1.0])
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning("no kernels on %s (%s): full-parameter steps there take many times as long", device, reason[0])
+        message = "no kernels on %s (%s): full-parameter steps there take many times as long"
+        logger.warning(message, device, reason[0])
         return False
     return True
 
@@ -58,16 +61,17 @@ class DirectionSource:
     distribution: str = "gaussian"
 
     def rows(self, counter: tuple, offset: int, row_numel: int, rows: range | Tensor, device) -> Tensor:
-        """Return [len(rows), row_numel] fp32: rows of a matrix whose first element is number `offset` of a direction."""
+        """Return [len(rows), row_numel] fp32: rows of a matrix that begins at element `offset` of z."""
+        name = self.distribution
         if not isinstance(rows, range):
-            return counter_rng.direction_rows(self.distribution, (self.seed, *counter), offset, row_numel, rows)
+            return counter_rng.direction_rows(name, (self.seed, *counter), offset, row_numel, rows)
         start = offset + rows.start * row_numel
         count = len(rows) * row_numel
         if kernels_available(torch.device(device)):
             z = torch.empty(count, device=device)
             self._perturb(counter, start, z, z[None], ())
         else:
-            z = counter_rng.direction_range(self.distribution, (self.seed, *counter), start, count, device)
+            z = counter_rng.direction_range(name, (self.seed, *counter), start, count, device)
         return z.view(len(rows), row_numel)
 
     def perturbed(self, counter: tuple, start: int, values: Tensor, scales: list[float]) -> list[Tensor]:
@@ -98,15 +102,17 @@ class DirectionSource:
 
         Args:
             start: number of the first element of `values` in the direction.
-            rounding: counter of the chance by which bfloat16 is rounded, as in `counter_rng.stochastic_round`.
+            rounding: counter of the chance by which bfloat16 is rounded, as in
+                `counter_rng.stochastic_round`.
         """
         values = values.view(-1)
         chance = DirectionSource(self.seed)
         table = counter_rng.signed_normal_table(values.device)
         for first, n in split_by_key(start, len(values)):
             _launch(
-                _update_kernel, n, values[first:], table, n, *self._stream(counter, start + first), coefficient, factor,
-                *chance._stream(rounding, start + first), SIGNS=self._signs, ROUND=values.dtype == torch.bfloat16,
+                _update_kernel, n, values[first:], table, n, *self._stream(counter, start + first),
+                coefficient, factor, *chance._stream(rounding, start + first), SIGNS=self._signs,
+                ROUND=values.dtype == torch.bfloat16,
             )  # fmt: skip
 
     @property
@@ -135,7 +141,9 @@ if triton is not None:
     def _launch(kernel, n: int, values: Tensor, *args, **constants) -> None:
         with torch.cuda.device_of(values):
             # a product and a sum rounded once, as a GPU would fuse them, give other bits than two operations
-            kernel[(triton.cdiv(n, BLOCK_SIZE),)](values, *args, **constants, BLOCK_SIZE=BLOCK_SIZE, enable_fp_fusion=False)
+            kernel[(triton.cdiv(n, BLOCK_SIZE),)](
+                values, *args, **constants, BLOCK_SIZE=BLOCK_SIZE, enable_fp_fusion=False
+            )
 
     @triton.jit
     def _hash32(word, k0, k1):

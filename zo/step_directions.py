@@ -7,9 +7,11 @@ from zo.method import Method
 from zo.param_block import ParamBlock, to_single_precision
 from zo.rng_kernels import DirectionSource, kernels_available
 
+Point = tuple[int, float]  # (query, scale): the loss is asked for at θ + scale · z_query
+
 
 def kernel_serves(method: Method, block: ParamBlock) -> bool:
-    """Return whether one kernel draws z of a block and adds z to it: on a GPU, for plain directions and updates."""
+    """Return whether a kernel draws z of a block and adds it: on a GPU, for plain directions and updates."""
     kind = type(method)
     plain = (kind.direction, kind.update) == (Method.direction, Method.update)
     p = block.param
@@ -43,10 +45,8 @@ class StepDirections:
         z = self.method.direction(self.source, block, self.step, query, rows, block.param.device)
         return z.view(len(rows), *block.as_rows.shape[1:])
 
-    def perturbed_rows(
-        self, block: ParamBlock, rows: range | Tensor, points: list[tuple[int, float]]
-    ) -> list[Tensor]:
-        """Return rows of θ + scale · z_query at each point (query, scale), in the dtype of θ; each z is drawn once."""
+    def perturbed_rows(self, block: ParamBlock, rows: range | Tensor, points: list[Point]) -> list[Tensor]:
+        """Return rows of θ + scale · z_query at each point, in the dtype of θ; each z is drawn once."""
         queries = list(dict.fromkeys(query for query, _ in points))
         if not isinstance(rows, range):
             values = block.as_rows[rows]
@@ -59,7 +59,7 @@ class StepDirections:
         return [(z[query].to(theta.dtype) * scale).add_(theta).to(values.dtype) for query, scale in points]
 
     def _perturbed_by_kernel(
-        self, block: ParamBlock, first_row: int, values: Tensor, points: list[tuple[int, float]], queries: list[int]
+        self, block: ParamBlock, first_row: int, values: Tensor, points: list[Point], queries: list[int]
     ) -> list[Tensor]:
         """`perturbed_rows` by a kernel, which serves two points of a query at once."""
         start = block.offset + first_row * block.row_numel

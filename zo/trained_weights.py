@@ -1,8 +1,8 @@
 """Where the trained weights live: in the parameters themselves, or in an fp32 master on the host.
 
-`InPlaceWeights` perturbs blocks of parameters inside the forward and updates them where they are, half precision by
-stochastic rounding. `MasterWeights` keeps a flat fp32 copy of few parameters, writes master ± εz into them for a forward
-and the master's bits after it.
+`InPlaceWeights` perturbs blocks of parameters inside the forward and updates them where they are, half
+precision by stochastic rounding. `MasterWeights` keeps a flat fp32 copy of few parameters, writes master ± εz
+into them for a forward and the master's bits after it.
 """
 
 import logging
@@ -16,12 +16,15 @@ from zo import counter_rng
 from zo.method import Method
 from zo.param_block import ParamBlock, to_single_precision
 from zo.perturbed_weights import CopiesUnsupported, PerturbedWeights
-from zo.step_directions import StepDirections, kernel_serves
+from zo.step_directions import Point, StepDirections, kernel_serves
 from zo.trajectory import round_to_fp32
 
 logger = logging.getLogger(__name__)
 
-GPU_CHUNK_SIZE = 1 << 24  # most elements at once on a GPU, where a launch costs more than the elements of a small chunk
+Term = tuple[float, int]  # (coefficient, query) of an update
+
+# Most elements at once on a GPU, where a launch costs more than the elements of a small chunk.
+GPU_CHUNK_SIZE = 1 << 24
 
 
 def decay_factor(rate: float, weight_decay: float) -> float:
@@ -40,9 +43,7 @@ class TrainedWeights:
     def restore(self) -> None:
         """Write the unperturbed weights into the parameters."""
 
-    def losses(
-        self, closure: Callable, points: list[tuple[int, float]], directions: StepDirections, batched: bool
-    ) -> list[float]:
+    def losses(self, closure, points: list[Point], directions: StepDirections, batched: bool) -> list[float]:
         """Return the loss at θ + scale · z_query for each point (query, scale).
 
         Args:
@@ -62,9 +63,7 @@ class TrainedWeights:
             if terms:
                 self.update_block(block, terms, rates[block.group], directions)
 
-    def update_block(
-        self, block: ParamBlock, terms: list[tuple[float, int]], rate: float, directions: StepDirections
-    ) -> None:
+    def update_block(self, block, terms: list[Term], rate: float, directions: StepDirections) -> None:
         """Move a block by −coefficient · z_query for each term (coefficient, query), after weight decay."""
         raise NotImplementedError
 
@@ -98,37 +97,36 @@ class InPlaceWeights(TrainedWeights):
             buffers = 1 if kernel_serves(method, block) and points <= 2 else 3 + points
             block.chunk_size = min(GPU_CHUNK_SIZE, max(counter_rng.CHUNK_SIZE, offset // (100 * buffers)))
 
-    def losses(
-        self, closure: Callable, points: list[tuple[int, float]], directions: StepDirections, batched: bool
-    ) -> list[float]:
+    def losses(self, closure, points: list[Point], directions: StepDirections, batched: bool) -> list[float]:
         with PerturbedWeights(self.blocks, points, directions) as weights:
             loss = closure(copies=len(points)) if batched else closure()
         if weights.unchunked_bytes > self.unchunked_bytes:
             self.unchunked_bytes = weights.unchunked_bytes
-            logger.warning("this model's layers need up to %.1f MB of weights perturbed at once", self.unchunked_bytes / 1e6)
+            size = self.unchunked_bytes / 1e6
+            logger.warning("this model's layers need up to %.1f MB of weights perturbed at once", size)
         if weights.is_tracked(loss):
             if batched:
                 raise CopiesUnsupported("the loss is made of parameters alone")
             (loss,) = weights.values_at_points(loss)
         return loss.tolist() if batched else [float(loss)]
 
-    def update_block(
-        self, block: ParamBlock, terms: list[tuple[float, int]], rate: float, directions: StepDirections
-    ) -> None:
+    def update_block(self, block, terms: list[Term], rate: float, directions: StepDirections) -> None:
         factor = decay_factor(rate, block.weight_decay)
         step = directions.step
-        kernel = len(terms) == 1 and kernel_serves(directions.method, block) and block.param.dtype != torch.float16
+        one_term = len(terms) == 1 and block.param.dtype != torch.float16
+        by_kernel = one_term and kernel_serves(directions.method, block)
         for rows in block.row_chunks():
             theta = block.as_rows[rows.start : rows.stop]
             start = block.offset + rows.start * block.row_numel
-            if kernel:
+            if by_kernel:
                 ((coefficient, query),) = terms
                 directions.source.update((step, query), start, theta, coefficient, factor, (step, "rounding"))
                 continue
             values = to_single_precision(theta)
             if block.weight_decay:
                 values.mul_(factor)
-            directions.method.update(values, [(c, directions.z_rows(block, query, rows)) for c, query in terms])
+            drawn = [(c, directions.z_rows(block, query, rows)) for c, query in terms]
+            directions.method.update(values, drawn)
             if values is not theta:
                 counter = (directions.source.seed, step, "rounding")
                 rounded = counter_rng.stochastic_round(values.flatten(), theta.dtype, counter, start)
@@ -144,10 +142,11 @@ class MasterWeights(TrainedWeights):
     Args:
         param_groups: the optimizer's.
         optim: "sgd", or the torch optimizer that takes the estimate as a gradient of the master.
-        set_perturbations: called with one [copies, …] perturbation per parameter, or None, for batched losses.
+        set_perturbations: called with one [copies, …] perturbation per parameter, or None, for batched
+            losses.
     """
 
-    def __init__(self, param_groups: list[dict], optim: str = "sgd", set_perturbations: Callable | None = None):
+    def __init__(self, param_groups: list[dict], optim: str, set_perturbations: Callable | None):
         self.set_perturbations = set_perturbations
         self.blocks = []
         offset = 0
@@ -174,9 +173,7 @@ class MasterWeights(TrainedWeights):
         for block in self.blocks:
             block.write(block.param)
 
-    def losses(
-        self, closure: Callable, points: list[tuple[int, float]], directions: StepDirections, batched: bool
-    ) -> list[float]:
+    def losses(self, closure, points: list[Point], directions: StepDirections, batched: bool) -> list[float]:
         if batched:
             return self._batched_losses(closure, points, directions)
         ((query, scale),) = points
@@ -184,9 +181,7 @@ class MasterWeights(TrainedWeights):
             block.write((directions.z(block, query) * scale).add_(block.param))
         return [float(closure())]
 
-    def _batched_losses(
-        self, closure: Callable, points: list[tuple[int, float]], directions: StepDirections
-    ) -> list[float]:
+    def _batched_losses(self, closure, points: list[Point], directions: StepDirections) -> list[float]:
         perturbations: list[Tensor] = []
         for block in self.blocks:
             of_points = torch.stack([directions.z(block, query) * scale for query, scale in points])
@@ -205,9 +200,7 @@ class MasterWeights(TrainedWeights):
             self.torch_optimizer.zero_grad()
         self.restore()
 
-    def update_block(
-        self, block: ParamBlock, terms: list[tuple[float, int]], rate: float, directions: StepDirections
-    ) -> None:
+    def update_block(self, block, terms: list[Term], rate: float, directions: StepDirections) -> None:
         drawn = [(c, directions.z(block, query)) for c, query in terms]
         if self.torch_optimizer:
             block.param.grad = sum(z * c for c, z in drawn)
@@ -219,12 +212,12 @@ class MasterWeights(TrainedWeights):
 
     def state(self) -> dict:
         """Return the masters that half-precision parameters cannot hold, and the torch optimizer's state."""
-        masters = {
-            i: block.param
-            for i, block in enumerate(self.blocks)
-            if any(p.dtype != torch.float32 for p in block.params)
-        }
-        return {"master": masters, "inner": self.torch_optimizer.state_dict() if self.torch_optimizer else None}
+        masters = {}
+        for i, block in enumerate(self.blocks):
+            if any(p.dtype != torch.float32 for p in block.params):
+                masters[i] = block.param
+        inner = self.torch_optimizer.state_dict() if self.torch_optimizer else None
+        return {"master": masters, "inner": inner}
 
     def load_state(self, state: dict) -> None:
         self.load()

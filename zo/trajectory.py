@@ -1,7 +1,7 @@
 """`Trajectory`: a run as a file, its seed and one number a step and query.
 
-The seed gives every direction, the number how far the weights went along it, so that `ZerothOrder.replay` rebuilds them
-without data and without a forward pass.
+The seed gives every direction, the number how far the weights went along it, so that `ZerothOrder.replay`
+rebuilds them without data and without a forward pass.
 """
 
 import json
@@ -18,7 +18,8 @@ class Trajectory:
     """The steps of a run.
 
     Args:
-        coefficients: of each step, one number a query (NaN: skipped), as they were rounded to fp32 and applied.
+        coefficients: of each step, one number a query (NaN: skipped), as they were rounded to fp32 and
+            applied.
         rates: learning rate of each step, where weights decay.
         about: what run this is.
     """
@@ -29,7 +30,7 @@ class Trajectory:
         self.about = dict(about or {})
 
     def append(self, coefficients: list[list[float]], rates: list[float], keep_rate: bool) -> None:
-        """Add a step: coefficients of each group, which have to be the same, and the rate where it matters."""
+        """Add a step: the coefficients of each group, which must be the same, and the rate where asked."""
         if len({tuple(map(str, row)) for row in coefficients}) > 1 or len(set(rates)) > 1:
             self.about["uneven"] = True
         self.coefficients.append(coefficients[0])
@@ -43,7 +44,8 @@ class Trajectory:
             ValueError: groups had learning rates of their own.
         """
         if "uneven" in self.about:
-            raise ValueError("groups with learning rates of their own: a trajectory has one number a step and query")
+            error = "groups with learning rates of their own: a trajectory has one number a step and query"
+            raise ValueError(error)
         tensors = {"coefficients": torch.tensor(self.coefficients, dtype=torch.float32)}
         if self.rates:
             tensors["rates"] = torch.tensor(self.rates, dtype=torch.float64)

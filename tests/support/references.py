@@ -72,9 +72,9 @@ def plain_answers(model, prompts, new, stop="\n") -> list[str]:
 def perturbed(model, engine, query: int, scale: float) -> list[torch.Tensor]:
     """θ + scale·z of every parameter, in its dtype, as the engine shall show it."""
     shown = []
-    for slot in engine.slots:
-        z = engine.direction(slot, query, range(len(slot.matrix)))
-        shown.append((slot.param.float() + scale * z.view(slot.param.shape)).to(slot.param.dtype))
+    for block in engine.blocks:
+        z = engine.directions.z(block, query)
+        shown.append((block.param.float() + scale * z.view(block.param.shape)).to(block.param.dtype))
     return shown
 
 
