@@ -216,13 +216,13 @@ class Framework:
             signals=signals,
         )
         trainer.lora_module = self.lora_module
-        if found and trainer.finished(found):
+        if found and trainer.load_if_finished(found):
             logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
         else:
             if args.zo_cache_activations:
                 trainer.cache_activations(self.evaluator.plain_rows)
             if args.zo_check:
-                trainer.check()
+                trainer.log_diagnosis()
             if found:
                 logger.info("going on from %s", found)
             if collectives.is_main_process():

@@ -1,96 +1,118 @@
-"""When a boosting round ends, and what of its booster is kept (XGBLoRA, arXiv 2410.19694).
+"""When a boosting round ends, and what is known of the rounds that have ended (XGBLoRA, arXiv 2410.19694).
 
-A round lasts N steps, or n epochs. `--xgblora_adaptive` looks at the loss on dev rows: a round whose loss no longer
-falls ends early, and a line search gives the booster its step length, as gradient boosting does; 0 rejects it.
+A round lasts N steps, or n epochs. `--xgblora_adaptive` looks at the loss on dev rows: a round whose dev loss
+no longer falls ends early, and a line search gives the booster its step length, as gradient boosting does; 0
+rejects the booster.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable
 
-from transformers import TrainerCallback, TrainerState
+import torch
+
+from zo.optimizer import ZerothOrder
 
 logger = logging.getLogger(__name__)
 
-STEP_LENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)  # that the line search tries; of equal ones the shortest is taken
-SEEN = "boosting"  # where the Trainer's state keeps the dev loss of a round, and a checkpoint with it
+# The step lengths that the line search tries; of equal losses the shortest length wins.
+STEP_LENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-def round_ends(state: TrainerState) -> list[tuple[int, float]]:
-    """(step, step length) of every round that has ended."""
-    return [(e["step"], e["step_length"]) for e in state.log_history if "step_length" in e]
+class Rounds:
+    """The rounds of a run: how long a round may last, and the end of every round so far.
+
+    This is the one owner of what is known of rounds. `state_dict` goes into each checkpoint. Log history,
+    trajectory and `LoRA` are told when a round ends; nobody reads the ends of rounds from them.
+
+    Attributes:
+        max_steps: steps after which a round ends; None: rounds end by `end` alone.
+        patience: steps within which the dev loss of a round has to fall; 0: nobody looks at the dev loss.
+        ended: (step, step length) of every round that has ended; step length 0: its booster was rejected.
+        dev_loss: the last loss on dev rows that was measured; None before the first.
+    """
+
+    def __init__(self):
+        self.max_steps: int | None = None
+        self.patience = 0
+        self.ended: list[tuple[int, float]] = []
+        self.dev_loss: float | None = None
+
+    def set_limits(self, max_steps: int, patience: int = 0) -> None:
+        """Set how many steps a round may last, and within how many of them its dev loss has to fall."""
+        self.max_steps = max_steps
+        self.patience = patience
+
+    @property
+    def current_start(self) -> int:
+        """The step at which the current round began."""
+        return self.ended[-1][0] if self.ended else 0
+
+    def is_over(self, step: int, dev_loss: Callable[[], float]) -> bool:
+        """Return whether the current round ends with this step.
+
+        Args:
+            step: steps that the run has taken.
+            dev_loss: measures the loss on dev rows; called once in `patience` steps.
+        """
+        age = step - self.current_start
+        if self.max_steps is not None and age >= self.max_steps:
+            return True
+        if not self.patience or age % self.patience:
+            return False
+        previous, self.dev_loss = self.dev_loss, dev_loss()
+        message = "XGBLoRA: dev loss %.4f after %d steps of the round (before: %.4f)"
+        logger.info(message, self.dev_loss, age, previous)
+        return not self.dev_loss < previous  # NaN does not fall either
+
+    def end(self, step: int, step_length: float) -> None:
+        """Record that the current round ended at this step."""
+        self.ended.append((step, step_length))
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps; JSON types only."""
+        return {"ended": [list(entry) for entry in self.ended], "dev_loss": self.dev_loss}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what a checkpoint kept."""
+        self.ended = [(step, step_length) for step, step_length in state["ended"]]
+        self.dev_loss = state["dev_loss"]
 
 
 def line_search(lora, dev_loss: Callable[[], float]) -> tuple[float, float]:
-    """(step length of the live booster, dev loss with it); a loss that is NaN is none."""
-    best, least = 0.0, math.inf
+    """Return the step length of the current booster with the lowest dev loss, and that loss."""
+    best_length = 0.0
+    lowest_loss = math.inf
     for length in STEP_LENGTHS:
         with lora.scale_current(length):
             loss = dev_loss()
-        if loss < least:
-            best, least = length, loss
-    return best, least
+        if loss < lowest_loss:  # never for NaN
+            best_length, lowest_loss = length, loss
+    return best_length, lowest_loss
 
 
-class Boosting(TrainerCallback):
-    """Ends rounds of a trainer, at the end of a step and before its evaluation and checkpoint; trains A once its
-    `--xgblora_a_warmup` is over.
+def merge_round(lora, optimizer: torch.optim.Optimizer | None, step: int, step_length: float = 1.0) -> dict:
+    """Merge the current booster of a `LoRA` and begin the next round.
 
-    An epoch's merge is not done in `on_epoch_end`: that comes after the checkpoint of the epoch's last step, and a
-    resume from there would lose the merge.
+    Args:
+        optimizer: of the adapters, which forgets what it knew of the booster; None where a finished run is
+            loaded again and trains no more.
+        step: steps that the run has taken, for the log.
+        step_length: factor of the booster's scaling; 0 rejects the booster.
+
+    Returns:
+        The entry of this merge in the Trainer's log history.
     """
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    @functools.cached_property
-    def round_steps(self) -> int:
-        """The longest that a round lasts, in steps."""
-        args = self.trainer.args
-        if args.xgblora_steps_per_iteration:
-            return args.xgblora_steps_per_iteration
-        batches = len(self.trainer.get_train_dataloader())
-        return math.ceil(batches / args.gradient_accumulation_steps) * args.xgblora_merge_frequency
-
-    @property
-    def patience(self) -> int:
-        """Steps within which the dev loss of a round has to fall; 0: it isn't looked at."""
-        args = self.trainer.args
-        if not args.xgblora_adaptive:
-            return 0
-        return args.xgblora_patience or max(1, self.round_steps // 4)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.patience and SEEN not in state.stateful_callbacks:
-            state.stateful_callbacks[SEEN] = {"dev_loss": self.trainer.dev_loss()}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        age = self.trainer.round_age
-        if age >= self.round_steps or self.stalls(state, age):
-            self.trainer.end_round()
-        elif args.xgblora_a_warmup and age == args.xgblora_a_warmup:
-            self.trainer.train_a()
-
-    def stalls(self, state, age: int) -> bool:
-        """Whether the dev loss has not fallen since the last look at it."""
-        if not self.patience or age % self.patience:
-            return False
-        seen, loss = state.stateful_callbacks[SEEN], self.trainer.dev_loss()
-        logger.info("XGBLoRA: dev loss %.4f after %d steps of the round (before: %.4f)", loss, age, seen["dev_loss"])
-        stalled = not loss < seen["dev_loss"]
-        seen["dev_loss"] = loss
-        return stalled
-
-
-def restart_schedule(scheduler, start: Callable[[], int]) -> None:
-    """Make a schedule of one round begin anew at step `start()`, the first of the round at hand."""
-    scheduler.lr_lambdas = [lambda step, f=f: f(step - start()) for f in scheduler.lr_lambdas]
-
-
-def reset_rate(scheduler, optimizer) -> None:
-    """Compute the rates of the coming step again, after `start()` has changed."""
-    rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
+    shapes = [p.shape for p in lora.parameters()]
+    lora.merge_and_reinit(step_length)
+    if isinstance(optimizer, ZerothOrder):
+        optimizer.restart(forget=shapes != [p.shape for p in lora.parameters()])
+    elif optimizer is not None:
+        optimizer.state.clear()
+    if step_length:
+        logger.info("XGBLoRA: merged booster %d at step %d", len(lora.boosters), step)
+        entry = {"merged_booster": len(lora.boosters)}
+    else:
+        logger.info("XGBLoRA: rejected the booster of round %d at step %d", lora.round, step)
+        entry = {"rejected_round": lora.round}
+    return {**entry, "step_length": step_length, "step": step}

@@ -35,7 +35,7 @@ class Example:
         option_lens: for each option, how many of its encoding's tokens are the option's.
         label: index of the right option.
         targets: for each option, the positions of its tokens; None where they are the last ones.
-        places: for each option, where the activation cache holds the hidden state of each token that goes
+        cache_rows: for each option, where the activation cache holds the hidden state of each token that goes
             into the model; None without a cache.
     """
 
@@ -43,7 +43,7 @@ class Example:
     option_lens: list[int]
     label: int = 0
     targets: list[list[int]] | None = None
-    places: list[list[int]] | None = None
+    cache_rows: list[list[int]] | None = None
 
     def positions(self, option: int) -> Sequence[int]:
         """Return the positions of an option's tokens in its encoding."""
@@ -166,7 +166,7 @@ def to_tensors(
     Returns:
         Tokens [R, N]: `input_ids`, `position_ids`, `end`: the column where the part of the tree below a token
             ends (0 for filling); with `plain_rows` in place of it `attention_mask`. Where the examples have
-            `places`, also `stored`: the place of each token in the activation cache.
+            `cache_rows`, those of all tokens too.
         Places [M]: `read_row`, `read_column`.
         Option tokens [T]: `token_read` (index into places), `token_target` (token id), `token_option`.
         Options [O]: `option_lens`, `option_example`, `option_index`.
@@ -202,17 +202,18 @@ def _token_tensors(
     n_rows = 1 + max(row for row, _ in starts)
     width = max(start + len(tree.tokens) for tree, (_, start) in zip(forest, starts, strict=True))
     names = ["input_ids", "position_ids", "end"]
-    if examples[0].places is not None:
-        names.append("stored")
+    if examples[0].cache_rows is not None:
+        names.append("cache_rows")
     tensors = {name: torch.zeros((n_rows, width), dtype=torch.int64) for name in names}
     for tree, (row, start) in zip(forest, starts, strict=True):
         span = slice(start, start + len(tree.tokens))
         tensors["input_ids"][row, span] = torch.tensor(tree.tokens)
         tensors["position_ids"][row, span] = torch.tensor(tree.positions)
         tensors["end"][row, span] = torch.tensor(tree.ends) + start
-        if "stored" in tensors:
+        if "cache_rows" in tensors:
             for (i, k), path in tree.paths.items():
-                tensors["stored"][row, start + torch.tensor(path)] = torch.tensor(examples[i].places[k])
+                columns = start + torch.tensor(path)
+                tensors["cache_rows"][row, columns] = torch.tensor(examples[i].cache_rows[k])
     return tensors
 
 

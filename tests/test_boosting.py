@@ -32,10 +32,8 @@ FORMS = {
     "upper layers": "--xgblora_layers top:1 --zo_cache_activations",
     "adaptive": ADAPTIVE,
     "adaptive, ranks, random": f"{ADAPTIVE} --xgblora_rank_schedule 2,1 --xgblora_layers random:1 --zo_normalize",
-    "A warm-up": "--xgblora_a_warmup 2 --zo_normalize",
-    "A warm-up, momentum": "--xgblora_a_warmup 1 --zo_optim momentum",
-    "warm-up longer than a round": "--xgblora_a_warmup 6",
-    "adamw": "--zo_optim adamw --xgblora_restart_lr --lr_scheduler_type linear",
+    "momentum": "--zo_optim momentum",
+    "adamw": "--zo_optim adamw --lr_scheduler_type linear",
     "best": "--xgblora_best --num_dev 8 --metric loss",
 }
 
@@ -64,15 +62,13 @@ def test_resume_and_replay_give_the_same_bytes(go, form):
     assert adapter_bytes("again") == expected
 
 
-@pytest.mark.parametrize("form", ["plain", "ranks", "adaptive", "random", "warm-up", "restart"])
+@pytest.mark.parametrize("form", ["plain", "ranks", "adaptive", "random"])
 def test_a_regular_run_resumes_with_the_same_bytes(go, form):
     more = {
         "plain": "",
         "ranks": "--xgblora_rank_schedule 1,2",
         "adaptive": ADAPTIVE,
         "random": "--xgblora_layers random:1",
-        "warm-up": "--xgblora_a_warmup 2",
-        "restart": "--xgblora_restart_lr",
     }[form]
     go(f"{REGULAR} {more}")
     expected = adapter_bytes()
@@ -122,54 +118,32 @@ def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkey
     assert forgotten == [True, False, False]
 
 
-# ---- A at the start of a round ----
-
-
-@pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_a_is_held_for_the_first_steps_of_each_round(framework, kind, monkeypatch):
-    seen, step = [], OurTrainer.training_step
-
-    def watching(self, *args):
-        seen.append(torch.cat([m.lora_A.detach().flatten() for m in self.lora_module.lora_modules]))
-        return step(self, *args)
-
-    monkeypatch.setattr(OurTrainer, "training_step", watching)
-    framework(
-        f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --xgblora_a_warmup 2 --max_steps 8 "
-        "--learning_rate 1e-2"
-    )
-    for start in (0, 4):
-        assert torch.equal(seen[start], seen[start + 1]) and torch.equal(seen[start], seen[start + 2])
-        assert not torch.equal(seen[start + 2], seen[start + 3])
-
-
 # ---- the optimizer and the schedule at a merge ----
 
 
 @pytest.mark.parametrize("optim", ["momentum", "adamw"])
 def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, monkeypatch):
-    states, merge = [], OurTrainer.merge
+    states, end_round = [], OurTrainer.end_round
 
-    def watching(self, length):
+    def watching(self):
         states.append(len(self.zo.weights.torch_optimizer.state))
-        merge(self, length)
+        length = end_round(self)
         states.append(len(self.zo.weights.torch_optimizer.state))
+        return length
 
-    monkeypatch.setattr(OurTrainer, "merge", watching)
+    monkeypatch.setattr(OurTrainer, "end_round", watching)
     framework(f"--trainer zo --zo_optim {optim} --xgblora --xgblora_steps_per_iteration 3 --max_steps 6")
     assert states == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_a_schedule_is_global_or_begins_anew_with_each_round(framework, kind):
+def test_a_schedule_spans_all_rounds(framework, kind):
     common = (
         f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 --learning_rate 1 --overwrite "
         "--lr_scheduler_type linear"
     )
     rates = [e["learning_rate"] for e in entries(framework(common).trainer, "learning_rate")]
     assert rates == pytest.approx([1 - i / 8 for i in range(8)])
-    rates = [e["learning_rate"] for e in entries(framework(f"{common} --xgblora_restart_lr").trainer, "learning_rate")]
-    assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 2)
 
 
 # ---- adaptive rounds ----
@@ -309,9 +283,6 @@ def test_training_goes_on_from_a_chain(go):
         ("--xgblora_layers top:9", "2 of them"),
         ("--xgblora_layers lower", "top:N and random:N"),
         ("--xgblora_layers random:1 --zo_cache_activations", "needs --trainer zo and --xgblora_layers top:N"),
-        ("--xgblora_a_warmup 2 --lora_freeze_a", "exclude each other"),
-        ("--xgblora_a_warmup -1", "at least 0"),
-        ("--xgblora_restart_lr --lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau"),
         ("--staged 1 --no_eval", "exclude each other"),
         ("--lora_r 2", "rank 1"),
         ("--export_rank 0", "at least 1"),
@@ -325,8 +296,8 @@ def test_what_can_not_be_is_refused_in_a_line(go, capsys, flags, message):
 
 def test_what_belongs_to_boosting_needs_it(go, capsys):
     plain = "--trainer zo --lora --max_steps 2 --output_dir out"
-    for flag in ("--xgblora_adaptive", "--xgblora_best", "--xgblora_rank_schedule 1,2", "--xgblora_a_warmup 1",
-                 "--xgblora_restart_lr", "--xgblora_ensemble", "--staged 1", "--xgblora_layers random:1"):  # fmt: skip
+    for flag in ("--xgblora_adaptive", "--xgblora_best", "--xgblora_rank_schedule 1,2",
+                 "--xgblora_ensemble", "--staged 1", "--xgblora_layers random:1"):  # fmt: skip
         go(f"{plain} {flag}", status=2)
         assert "--xgblora" in capsys.readouterr().err.strip().splitlines()[-1]
     go(f"{plain} --xgblora_layers top:1 --zo_cache_activations")  # a LoRA may have layers of its own

@@ -19,7 +19,7 @@ from support.runs import BOOST, adapter_bytes
 import run
 from distributed import stop_signals
 from framework import Framework
-from scoring import logprobs, packing
+from scoring import logprobs
 from trainer import OurTrainer
 from training import checkpoints
 
@@ -288,7 +288,7 @@ def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, erro
         return loss(model, batch, classification, copies)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "loss", failing)
+        patch.setattr(logprobs, "loss", failing)
         go(LONG, status=1)
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--per_device_train_batch_size" in said and said.startswith("run.py: error: out of memory")
@@ -297,7 +297,7 @@ def test_memory_that_is_out_says_what_to_try(go, calm, monkeypatch, capsys, erro
 
 
 def test_losses_that_stay_nan_end_the_run_with_1_and_advice(go, monkeypatch, capsys):
-    monkeypatch.setattr(packing, "loss", lambda *a, **k: torch.tensor(float("nan")))
+    monkeypatch.setattr(logprobs, "loss", lambda *a, **k: torch.tensor(float("nan")))
     go("--trainer zo --lora --max_steps 80 --output_dir out --learning_rate 1", status=1)
     assert "Lower the learning rate" in capsys.readouterr().err.splitlines()[-1]
 
@@ -318,14 +318,14 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go,
         return step(self, *args, **kwargs)
 
     step = OurTrainer.training_step
-    monkeypatch.setattr(packing, "loss", failing)
+    monkeypatch.setattr(logprobs, "loss", failing)
     monkeypatch.setattr(OurTrainer, "training_step", noting)
     flags = f"--trainer zo {mode} --zo_batched off --save_steps 1 --output_dir out --learning_rate 1e-2"
     with pytest.raises(ZeroDivisionError):
         go(f"{flags} --max_steps 9")
     state = {k: v.clone() for k, v in made[-1].state_dict().items()}
     done = len(checkpoints.list_checkpoints("out"))
-    monkeypatch.setattr(packing, "loss", loss)
+    monkeypatch.setattr(logprobs, "loss", loss)
     made.clear()
     go(f"{flags} --max_steps {done} --output_dir fresh")
     assert all(torch.equal(v, state[k]) for k, v in made[-1].state_dict().items())
@@ -348,7 +348,8 @@ def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused
 
 
 def test_the_lock_dies_with_its_owner(go, model_dir, data_dir):
-    command = "import checkpoint,time\nwith checkpoint.locked('out'):\n print('in', flush=True); time.sleep(60)"
+    command = "import time; from training.checkpoints import lock_output_dir\nwith lock_output_dir('out'):\n"
+    command += " print('in', flush=True)\n time.sleep(60)"
     owner = subprocess.Popen(
         [sys.executable, "-c", command], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

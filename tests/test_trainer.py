@@ -9,7 +9,7 @@ from support.references import gaussian
 
 from cli import load_model
 from lora import LoRA
-from scoring import logprobs, packing
+from scoring import logprobs
 from trainer import OurTrainer
 
 
@@ -124,14 +124,15 @@ def test_steps_take_precedence_over_epochs(framework):
 
 
 def test_a_regular_merge_resets_the_optimizers_state(framework, monkeypatch):
-    states, merge = [], OurTrainer.merge
+    states, end_round = [], OurTrainer.end_round
 
-    def watching(self, length):
+    def watching(self):
         states.append(len(self.optimizer.state))
-        merge(self, length)
+        length = end_round(self)
         states.append(len(self.optimizer.state))
+        return length
 
-    monkeypatch.setattr(OurTrainer, "merge", watching)
+    monkeypatch.setattr(OurTrainer, "end_round", watching)
     made = framework("--trainer regular --xgblora --xgblora_steps_per_iteration 3 --max_steps 6")
     adapters = 2 * len(made.lora_module.lora_modules)
     assert states == [adapters, 0, adapters, 0]
@@ -185,7 +186,7 @@ def test_a_nan_loss_is_logged_as_skipped_and_never_as_0(framework, monkeypatch):
     def sometimes(model, inputs, classification):
         return loss(model, inputs, classification) * next(nan, 1.0)
 
-    monkeypatch.setattr(packing, "loss", sometimes)
+    monkeypatch.setattr(logprobs, "loss", sometimes)
     made = framework("--trainer zo --lora --max_steps 3 --learning_rate 1e-2")
     logs = [e for e in made.trainer.state.log_history if "loss" in e]
     assert math.isnan(logs[0]["loss"]) and not math.isnan(logs[-1]["loss"])

@@ -1,9 +1,11 @@
-"""The bottom of a model: the decoder layers below the lowest perturbed one, whose output is the same for every sign and
-every query of a step, and in every step on the same row while nothing below is trained.
+"""The output of the lower layers, run once: for all points of a step, or for all steps on a training row.
 
-`reached` runs the bottom alone; inside `given` a forward hands on what it is given in place of the bottom. `Store`
-keeps the output of the bottom for all training rows. No `forward` is patched: pre-hooks, and modules that pass on their
-input.
+The lower layers are the decoder layers below the lowest one that is perturbed. What they give is the same for
+every sign and every query of a step, and the same in every step while no weight below is trained.
+
+`capture_hidden_states` runs the lower layers alone. Inside `skip_lower_layers` a forward takes hidden states
+from outside in their place. `ActivationCache` keeps the hidden states of all training rows. No `forward` is
+patched: pre-hooks do it, and modules that pass on their input.
 """
 
 import contextlib
@@ -23,27 +25,38 @@ logger = logging.getLogger(__name__)
 
 
 class _HiddenStatesCaptured(Exception):
+    """Carries hidden states out of a forward, which ends there."""
+
     def __init__(self, hidden: Tensor):
         self.hidden = hidden
 
 
 class IdentityLayer(nn.Module):
-    """Stands in the place of a decoder layer and hands on the hidden states, [1, R, N, D] or [R, N, D].
+    """Stands in the place of a decoder layer and passes on the hidden states, [1, R, N, D] or [R, N, D].
 
-    Some models take what a layer gives as the hidden states, others (Falcon, BLOOM, GPT-J) take `[0]` of it. So it
-    gives them an axis in front, which the second kind drops again, and takes either.
+    Some models take the output of a layer as the hidden states, others (Falcon, BLOOM, GPT-J) take `[0]` of
+    the output. So the output gets an axis in front, which the second kind drops again; the input may have
+    that axis or not.
     """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)  # what some models choose a mask by
+        self.attention_type = getattr(layer, "attention_type", None)  # some models choose a mask by it
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states if hidden_states.dim() == 4 else hidden_states[None]
 
 
 def capture_hidden_states(layer: nn.Module, forward: Callable) -> Tensor | None:
-    """[R, N, D]: the hidden states that come to `layer` when `forward()` runs the model, which stops there."""
+    """Run a model up to a layer and return the hidden states that come to the layer.
+
+    Args:
+        layer: where the forward stops.
+        forward: runs the model on R rows of N tokens.
+
+    Returns:
+        [R, N, D] in the model's dtype; None where the forward never came to the layer.
+    """
 
     def stop(module, args, kwargs):
         raise _HiddenStatesCaptured(args[0] if args else kwargs["hidden_states"])
@@ -52,8 +65,8 @@ def capture_hidden_states(layer: nn.Module, forward: Callable) -> Tensor | None:
     try:
         with torch.inference_mode():
             forward()
-    except _HiddenStatesCaptured as found:
-        return found.hidden
+    except _HiddenStatesCaptured as captured:
+        return captured.hidden
     finally:
         hook.remove()
     return None
@@ -61,83 +74,111 @@ def capture_hidden_states(layer: nn.Module, forward: Callable) -> Tensor | None:
 
 @contextlib.contextmanager
 def skip_lower_layers(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
-    """Inside, layers below number `first` do nothing, and layer `first` sees `hidden` [R, N, D], or copies of it one
-    behind the other where the batch holds copies."""
+    """Inside, the layers below number `first` do nothing, and layer `first` gets given hidden states.
 
-    def hand_over(module, args, kwargs):
+    Args:
+        hidden: [R, N, D] for a batch of R rows, or for one that holds copies of these rows one behind the
+            other.
+    """
+
+    def replace_input(module, args, kwargs):
         rows = args[0] if args else kwargs["hidden_states"]
         states = hidden.repeat(rows.shape[-3] // len(hidden), 1, 1)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    below = list(layers[:first])
-    hook = layers[first].register_forward_pre_hook(hand_over, with_kwargs=True)
+    lower_layers = list(layers[:first])
+    hook = layers[first].register_forward_pre_hook(replace_input, with_kwargs=True)
     try:
-        for i, layer in enumerate(below):
+        for i, layer in enumerate(lower_layers):
             layers[i] = IdentityLayer(layer)
         yield
     finally:
         hook.remove()
-        for i, layer in enumerate(below):
+        for i, layer in enumerate(lower_layers):
             layers[i] = layer
 
 
 class ActivationCache:
-    """What comes to layer `first` for every token of the training examples: [tokens, D] on the host, in the model's
-    dtype. `examples` are the given ones, each of which knows its place.
+    """The hidden states that come to layer `first`, for every token of the training examples.
 
-    Of several ranks each keeps every `ranks`-th example, from number `rank` on; the others have no places.
-    Filled in the order of the examples, in packs within evaluation's budget, so that a resumed run has the same bits.
-    Raises UsageError where the machine has no room for it.
+    The cache is filled in the order of the examples, in groups within evaluation's budget of tokens, so that
+    a resumed run has the same bits.
+
+    Args:
+        layers, first: the decoder layers of the model, and the number of the lowest one that is perturbed.
+        plain: one padded row a candidate instead of packed rows.
+        rank, world_size: of several ranks each keeps every `world_size`-th example, from number `rank` on.
+
+    Attributes:
+        states: [tokens, D] on the host, in the model's dtype.
+        examples: the given examples; those that are kept here know the rows of their tokens (`cache_rows`).
+
+    Raises:
+        UsageError: the machine has no room for the cache.
     """
 
     def __init__(
         self, model, layers: nn.ModuleList, first: int, examples: Sequence[packing.Example], plain: bool,
-        rank: int = 0, ranks: int = 1,
+        rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
-        self.examples, trees, size, own = [], [], 0, []
-        for i, x in enumerate(examples):
-            if i % ranks != rank:
-                self.examples.append(x)
-                continue
-            own.append(i)
-            tree = packing.Tree.from_options([(0, x, range(len(x.encodings)))])
-            places = [[size + node for node in tree.paths[0, k]] for k in range(len(x.encodings))]
-            self.examples.append(dataclasses.replace(x, places=places))
+        self.examples = list(examples)
+        indices = range(rank, len(examples), world_size)
+        trees: list[packing.Tree] = []
+        tokens = 0
+        for i in indices:
+            x = self.examples[i]
+            tree = single_tree(0, x)
+            cache_rows = [[tokens + node for node in tree.paths[0, k]] for k in range(len(x.encodings))]
+            self.examples[i] = dataclasses.replace(x, cache_rows=cache_rows)
             trees.append(tree)
-            size += len(tree.tokens)
+            tokens += len(tree.tokens)
+        self.states = self._allocate(model, len(indices), tokens)
+        for group in group_by_tokens(trees):
+            self._fill(model, layers[first], [self.examples[indices[i]] for i in group], plain)
+
+    def _allocate(self, model, rows: int, tokens: int) -> Tensor:
         width = model.config.get_text_config().hidden_size
-        needed, free = size * width * model.dtype.itemsize, psutil.virtual_memory().available
-        what = f"--zo_cache_activations: {len(own)} rows, {size} tokens of width {width}: {needed / 1e6:.1f} MB"
+        needed = tokens * width * model.dtype.itemsize
+        free = psutil.virtual_memory().available
+        size = f"--zo_cache_activations: {rows} rows, {tokens} tokens of width {width}: {needed / 1e6:.1f} MB"
         if needed > 0.9 * free:
             raise UsageError(
-                f"{what}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, or no cache"
+                f"{size}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, "
+                "or no cache"
             )
-        logger.info("%s on the host", what)
-        self.states = torch.empty(size, width, dtype=model.dtype)
+        logger.info("%s on the host", size)
+        return torch.empty(tokens, width, dtype=model.dtype)
+
+    def _fill(self, model, layer: nn.Module, examples: list[packing.Example], plain: bool) -> None:
+        """Run the lower layers on these examples and keep what comes to `layer`."""
+        if plain:
+            forest = packing.build_trees(examples, plain_rows=True)
+        else:
+            forest = [single_tree(i, x) for i, x in enumerate(examples)]
+        batch = packing.to_tensors(examples, forest, plain)
+        real = batch["attention_mask" if plain else "end"] > 0  # the rest is filling
         device = input_device(model)
-        for group in group_by_tokens(trees):
-            members = [self.examples[own[i]] for i in group]
-            forest = packing.build_trees(members, plain_rows=True) if plain else [
-                packing.Tree.from_options([(e, x, range(len(x.encodings)))]) for e, x in enumerate(members)
-            ]  # fmt: skip
-            batch = packing.to_tensors(members, forest, plain)
-            real = batch["attention_mask" if plain else "end"] > 0
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            hidden = capture_hidden_states(layers[first], lambda batch=batch: logprobs.option_logprobs(model, batch))
-            self.states[batch["stored"].cpu()[real]] = hidden.cpu()[real]
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        hidden = capture_hidden_states(layer, lambda: logprobs.option_logprobs(model, batch))
+        self.states[batch["cache_rows"].cpu()[real]] = hidden.cpu()[real]
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """[R, N, D]: the states of a packed batch of these examples, on its device."""
-        return self.states[batch["stored"].cpu()].to(batch["input_ids"].device)
+        """Return the hidden states of a packed batch of these examples, [R, N, D] on the batch's device."""
+        return self.states[batch["cache_rows"].cpu()].to(batch["input_ids"].device)
+
+
+def single_tree(index: int, example: packing.Example) -> packing.Tree:
+    """Return a tree that holds all options of one example and shares nothing with other examples."""
+    return packing.Tree.from_options([(index, example, range(len(example.encodings)))])
 
 
 def group_by_tokens(trees: Sequence[packing.Tree]) -> Iterator[range]:
-    """Numbers of trees, in order, in groups of at most evaluation's budget of tokens."""
-    first, used = 0, 0
+    """Yield the numbers of trees, in order, in groups of at most evaluation's budget of tokens."""
+    first, tokens = 0, 0
     for i, tree in enumerate(tqdm(trees, desc="caching", unit="row", leave=False)):
-        if i > first and used + len(tree.tokens) > packing.MAX_TOKENS:
+        if i > first and tokens + len(tree.tokens) > packing.MAX_TOKENS:
             yield range(first, i)
-            first, used = i, 0
-        used += len(tree.tokens)
+            first, tokens = i, 0
+        tokens += len(tree.tokens)
     if trees:
         yield range(first, len(trees))

@@ -1,10 +1,8 @@
-"""Checkpoints that are whole or not there, and runs that end so that they can go on.
+"""Checkpoint folders that are whole or not there: writing, checking, finding, removing; the lock of a run.
 
-A manifest of sizes and hashes, one rename, the newest complete one; a lock; signals; disks that are full.
-
-A checkpoint is written under a temporary name, gets `manifest.json`, is flushed to the disk and renamed; so a name
-`checkpoint-N` stands for complete content, and what a crash left half-written never has one. Nothing here knows what a
-step or a task is.
+A checkpoint is written under a temporary name, gets `manifest.json` (sizes and hashes), is flushed to the
+disk and renamed. So a folder called `checkpoint-N` has complete content, and what a crash left half-written
+has no such name. Nothing here knows what a step or a task is.
 """
 
 import contextlib
@@ -26,19 +24,25 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
+FORMAT = 2  # of a checkpoint; a run goes on from checkpoints of this format alone
 PARTIAL = ".partial"
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+# ---- writing ----
+
+
 def sha256(path: Path) -> str:
+    """Return the hash of a whole file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of_ends(path: Path, size: int = 1 << 20) -> list:
-    """(bytes, hash of the first and the last MB) of a file that may be too large to be read whole."""
+    """Return [bytes, hash of the first and the last MB] of a file that may be too large to be read whole."""
     with open(path, "rb") as file:
-        head, length = file.read(size), file.seek(0, os.SEEK_END)
+        head = file.read(size)
+        length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - size))
         return [length, hashlib.sha256(head + file.read()).hexdigest()]
 
@@ -56,12 +60,12 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def short_hash(value) -> str:
-    """A short hash of anything JSON can say."""
+    """Return 16 hexadecimal digits of the hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def identify_weights(model_name: str) -> list:
-    """Tells two models of one shape apart: the hub name, or of each local weight file its size and both ends."""
+    """Return what tells two models apart: the hub name, or size and both ends of each local weight file."""
     path = Path(model_name)
     if not path.exists():
         return [model_name]
@@ -70,7 +74,7 @@ def identify_weights(model_name: str) -> list:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file beside its place, flush it and rename it: readers see the old one or the new one."""
+    """Write a small file under another name, flush and rename it: readers see the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -81,10 +85,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_settings(checkpoint: Path, settings: dict) -> None:
+    """Write which run a checkpoint belongs to, for `refuse_other_run`."""
+    (checkpoint / SETTINGS).write_text(json.dumps({"format": FORMAT, **settings}, indent=1))
+
+
 def publish(partial: Path, final: Path) -> None:
-    """Give a written checkpoint its manifest, flush it and rename it to its place; one of that name is replaced."""
+    """Give a written checkpoint its manifest, flush it and rename it to `final`, which may exist."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {str(f.relative_to(partial)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    manifest = {
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in files
+    }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
     for path in [*files, partial]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -95,8 +107,11 @@ def publish(partial: Path, final: Path) -> None:
     partial.rename(final)
 
 
+# ---- reading ----
+
+
 def find_damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint can't be used, or None where it is complete."""
+    """Return why a checkpoint can't be used, or None where it is complete."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, entry in manifest.items():
@@ -113,23 +128,27 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def list_checkpoints(output_dir) -> list[Path]:
-    """The folders of a run that have a checkpoint's name, by step."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """Return the folders of a run that have a checkpoint's name, by step."""
+    paths = Path(output_dir).glob("checkpoint-*")
+    paths = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def newest_checkpoint(output_dir) -> Path | None:
-    """The newest complete checkpoint of a run, or None where none was ever completed.
+    """Return the newest complete checkpoint of a run, or None where none was ever completed.
 
-    Damaged ones are skipped with a warning that names them; raises UsageError where all completed ones are damaged.
+    Damaged checkpoints are skipped with a warning that names them.
+
+    Raises:
+        UsageError: all completed checkpoints are damaged.
     """
-    found = list_checkpoints(output_dir)
-    for path in reversed(found):
+    paths = list_checkpoints(output_dir)
+    for path in reversed(paths):
         reason = find_damage(path)
         if reason is None:
             return path
         logger.warning("skipping checkpoint %s: %s", path, reason)
-    if found:
+    if paths:
         raise UsageError(f"every checkpoint in {output_dir} is damaged; --overwrite starts afresh")
     if (Path(output_dir) / PARTIAL).exists():
         logger.warning("no checkpoint in %s was ever completed: starting afresh", output_dir)
@@ -137,7 +156,7 @@ def newest_checkpoint(output_dir) -> Path | None:
 
 
 def differences(saved: dict, settings: dict) -> str:
-    """What differs between the settings of a run that is there and those of this one; empty where nothing does."""
+    """Return what differs between the settings of a saved run and of this run; empty where nothing does."""
     return "; ".join(
         f"{name} {saved.get(name)!r} there, {settings.get(name)!r} now"
         for name in sorted(saved.keys() | settings.keys())
@@ -146,10 +165,25 @@ def differences(saved: dict, settings: dict) -> str:
 
 
 def refuse_other_run(checkpoint: Path, settings: dict) -> None:
-    """Raise UsageError, naming what differs, where a checkpoint belongs to a run with other settings."""
-    differ = differences(json.loads((checkpoint / SETTINGS).read_text()), settings)
+    """Check that this run can go on from a checkpoint.
+
+    Raises:
+        UsageError: the checkpoint has another format, or belongs to a run with other settings, which are
+            named.
+    """
+    saved = json.loads((checkpoint / SETTINGS).read_text())
+    if saved.pop("format", 1) != FORMAT:
+        raise UsageError(
+            f"{checkpoint} was written by an earlier version of this program: --overwrite starts afresh"
+        )
+    differ = differences(saved, settings)
     if differ:
-        raise UsageError(f"{checkpoint.parent} holds another run ({differ}): give another --output_dir, or --overwrite")
+        raise UsageError(
+            f"{checkpoint.parent} holds another run ({differ}): give another --output_dir, or --overwrite"
+        )
+
+
+# ---- the lock ----
 
 
 @contextlib.contextmanager
@@ -162,11 +196,23 @@ def lock_output_dir(output_dir):
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir} is not writable: {error.strerror}") from error
     with lock:
-        try:
+        try:  # not by `filelock`: where flock is missing, that leaves a marker which outlives its owner
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"another process is training in {output_dir}; give another --output_dir") from error
+            reason = f"another process is training in {output_dir}; give another --output_dir"
+            raise UsageError(reason) from error
         yield
+
+
+@contextlib.contextmanager
+def lock_on_main(output_dir) -> Iterator[None]:
+    """Take the lock of a run on rank 0, for all ranks."""
+    with contextlib.ExitStack() as stack:
+        run_on_main(lambda: stack.enter_context(lock_output_dir(output_dir)))
+        yield
+
+
+# ---- full disks, old checkpoints ----
 
 
 class StateNotSaved(OSError):
@@ -174,13 +220,12 @@ class StateNotSaved(OSError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, the quota or the allowed size of a file is at its end. Libraries that write
-    files in C++ or Rust pass on only the text of it."""
+    """Return whether an error says that the disk, the quota or the allowed size of a file is at its end."""
     if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         return True
-    return any(os.strerror(number) in str(error) for number in DISK_FULL_ERRNOS) or "PytorchStreamWriter failed" in str(
-        error
-    )
+    # Libraries that write files in C++ or Rust pass on the text of the error alone.
+    texts = [os.strerror(number) for number in DISK_FULL_ERRNOS] + ["PytorchStreamWriter failed"]
+    return any(text in str(error) for text in texts)
 
 
 def remove_old_checkpoints(output_dir, limit: int | None, keep: str | None) -> None:
@@ -193,14 +238,6 @@ def remove_old_checkpoints(output_dir, limit: int | None, keep: str | None) -> N
 
 
 def remove_checkpoints(output_dir) -> None:
-    """`--overwrite`: remove the checkpoints of a run, and nothing else."""
+    """Remove the checkpoints of a run, and nothing else (`--overwrite`)."""
     for path in [*list_checkpoints(output_dir), Path(output_dir) / PARTIAL]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def lock_on_main(output_dir) -> Iterator[None]:
-    """`checkpoint.locked` on rank 0, for all."""
-    with contextlib.ExitStack() as stack:
-        run_on_main(lambda: stack.enter_context(lock_output_dir(output_dir)))
-        yield

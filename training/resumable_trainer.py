@@ -1,8 +1,8 @@
 """A Trainer whose checkpoints are whole or not there, and which a signal stops between two steps.
 
-The library's loop decides when to save and evaluate. What is saved here is an adapter or a model, and the state to go
-on from, published in one rename; a full disk costs a checkpoint and not the run; an evaluation that a signal cuts off
-is made up for. It knows nothing of what a step is.
+The library's loop decides when to save and to evaluate. What is saved here is an adapter or a model, and the
+state to go on from, published in one rename. A full disk costs a checkpoint and not the run. An evaluation
+that a signal cuts off is pending: a rerun begins with it. Nothing here knows what a step is.
 """
 
 import hashlib
@@ -12,44 +12,53 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-import utils
 from boosters import peft_files
 from distributed import collectives, sharding, stop_signals
 from prefix import trained_prefix
 from training import checkpoints
+from utils import Interrupted, UsageError
 
 logger = logging.getLogger(__name__)
 
-PENDING_EVAL, SIGNAL_CHECKPOINTS = (
-    "owed",
-    "extra",
-)  # in the Trainer's state: an evaluation to be made up for; steps saved out of turn
+# Entries of the Trainer's state, and so of each checkpoint:
+PENDING_EVAL = "pending_evaluation"  # True where a signal cut off the evaluation of the checkpoint's step
+SIGNAL_CHECKPOINTS = "signal_checkpoints"  # steps that were saved for a signal alone
 
 
 class StopOnSignal(TrainerCallback):
-    """Where a signal has come, ends the run with this step, saved; and makes up for the evaluation that one cut off."""
+    """Ends a run that was asked to stop after its current step, saved; begins with a pending evaluation.
 
-    def __init__(self, trainer: "ResumableTrainer"):
-        self.trainer = trainer
+    Args:
+        signals: requests to stop.
+        run_pending_evaluation: evaluates the step of the checkpoint that the run goes on from.
+
+    Attributes:
+        saved_by_signal: whether the current step is saved for a signal alone.
+    """
+
+    def __init__(self, signals: stop_signals.StopSignals, run_pending_evaluation: Callable[[], None]):
+        self.signals = signals
+        self.run_pending_evaluation = run_pending_evaluation
+        self.saved_by_signal = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.stateful_callbacks.pop(PENDING_EVAL, None):
-            self.trainer.make_up()
+            self.run_pending_evaluation()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.signals.agreed_signal:
-            self.trainer.save_out_of_turn = not control.should_save
+        if self.signals.agreed_signal:
+            self.saved_by_signal = not control.should_save
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """The loop comes here too where it leaves an epoch in its middle: nothing is due there."""
-        if not self.trainer.signals.agreed_signal:
+        if not self.signals.agreed_signal:
             return
         if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
-            self.trainer.save_out_of_turn &= not control.should_save
+            self.saved_by_signal &= not control.should_save
         else:
             control.should_log = control.should_evaluate = control.should_save = False
 
@@ -58,48 +67,55 @@ class DivergenceWatch(TrainerCallback):
     """Compares the weights of the ranks: all of them at the start, the trained ones every `every` steps."""
 
     def __init__(self, settings: dict, every: int):
-        self.settings, self.every = settings, every
+        self.settings = settings
+        self.every = every
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         words = json.dumps([self.settings, state.max_steps, state.global_step], sort_keys=True).encode()
         number = float(int.from_bytes(hashlib.sha256(words).digest()[:6]))
         collectives.refuse_divergence(number, "flags or rows")
-        collectives.refuse_divergence(
-            collectives.tensor_fingerprint(collectives.all_tensors(model, optimizer)), "weights before the first step"
-        )
+        weights = collectives.tensor_fingerprint(collectives.all_tensors(model, optimizer))
+        collectives.refuse_divergence(weights, "weights before the first step")
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.every and state.global_step % self.every == 0:
-            collectives.refuse_divergence(
-                collectives.tensor_fingerprint(collectives.optimizer_params(optimizer)),
-                f"weights after step {state.global_step}",
-            )
+            weights = collectives.tensor_fingerprint(collectives.optimizer_params(optimizer))
+            collectives.refuse_divergence(weights, f"weights after step {state.global_step}")
 
 
 class ResumableTrainer(Trainer):
-    """Args (besides the Trainer's):
-        evaluate_fn(model) -> {name: value}, logged as `eval_<name>`.
-        signals: requests to stop, see checkpoint.py.
-        settings: what makes this run another run than one with other values; kept in each checkpoint.
+    """A Trainer that goes on from its newest checkpoint as if nothing had happened.
 
-    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. Without it a `PrefixTuning` of the
-    model is trained, or all parameters that require a gradient.
+    Args (besides the Trainer's):
+        evaluate_fn: model -> {name: value}, logged as `eval_<name>`.
+        settings: what makes this run another run than one with other values; kept in each checkpoint.
+        signals: requests to stop, see distributed/stop_signals.py.
+
+    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. Without it a `PrefixTuning`
+    of the model is trained, or all parameters that require a gradient.
     """
 
     def __init__(self, *args, evaluate_fn=None, settings=None, signals=None, **kwargs):
-        self.evaluate_fn, self.settings = evaluate_fn, settings or {}
-        self.signals, self.save_out_of_turn = signals or stop_signals.StopSignals(), False
+        self.evaluate_fn = evaluate_fn
+        self.settings = settings or {}
+        self.signals = signals or stop_signals.StopSignals()
         self.unsaved: BaseException | str | None = None  # why the last state is not on the disk
         self.lora_module = None
-        self._staging = None
-        self.full_state: dict | None = None  # the model's state in whole tensors, while it is written
+        self._staging: Path | None = None
+        self._full_state: dict | None = None  # the model's state in whole tensors, while it is written
         super().__init__(*args, **kwargs)
-        # The Trainer's own limit removes the newest checkpoint at the end where another is best: a rerun would train.
-        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
+        # The library's own limit removes the newest checkpoint at the end where another one is best: a rerun
+        # would train again.
+        self.checkpoint_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        self.stop_on_signal = StopOnSignal(self.signals, self.run_pending_evaluation)
+        self.add_callback(self.stop_on_signal)
+        if collectives.world_size() > 1:
+            self.add_callback(DivergenceWatch(self.settings, self.args.rank_check_steps))
 
     @property
     def adapter(self):
-        """What is trained beside a frozen model, a `LoRA` or a `PrefixTuning`; None trains parameters of the model."""
+        """What is trained beside a frozen model: a `LoRA`, a `PrefixTuning`, or None."""
         return self.lora_module or trained_prefix(self.model)
 
     def create_optimizer(self, model=None):
@@ -111,37 +127,37 @@ class ResumableTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         with self.signals.interruptible():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_fn(self.model).items()}
+            values = self.evaluate_fn(self.model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """An evaluation that a signal cuts off is left, and owed: the step is saved, a rerun evaluates it first."""
+        """Where a signal cuts off an evaluation, save the step with the evaluation pending."""
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except utils.Interrupted:
-            self.save_out_of_turn |= not self.control.should_save
+        except Interrupted:
+            self.stop_on_signal.saved_by_signal |= not self.control.should_save
             self.state.stateful_callbacks[PENDING_EVAL] = True
             self._save_checkpoint(model, trial)
             self.refuse_unsaved()
             raise
 
-    def make_up(self) -> None:
-        """The evaluation that was cut off at this step, as the loop does it."""
+    def run_pending_evaluation(self) -> None:
+        """Evaluate the current step, whose evaluation a signal cut off, as the loop would have done."""
         metrics, step = self._evaluate(None, None), self.state.global_step
         if self._determine_best_metric(metrics=metrics, trial=None) and self.args.save_strategy == "best":
-            extra = self.state.stateful_callbacks.get(
-                SIGNAL_CHECKPOINTS, []
-            )  # an undisturbed run would have saved this one
-            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = [other for other in extra if other != step]
-        self._name_best()
+            steps = self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, [])
+            # An undisturbed run would have saved this step.
+            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = [other for other in steps if other != step]
+        self._set_best_checkpoint()
 
-    # ---- checkpoints ----
+    # ---- writing ----
 
     def _save(self, output_dir=None, state_dict=None):
-        """An adapter or a model directory, with the tokenizer; the Trainer would add a pickle of the arguments."""
-        state_dict = state_dict or self.full_state
+        """Write an adapter or a model directory, with the tokenizer; the library would add a pickle."""
+        state_dict = state_dict or self._full_state
         output_dir = Path(output_dir or self.args.output_dir)
         if self.adapter:
             self.adapter.save_pretrained(output_dir)
@@ -155,13 +171,17 @@ class ResumableTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
-        """Rank 0 writes, where all have the same weights; the others take over how it went."""
+        """Rank 0 writes, where all ranks have the same weights; the others take over how it went."""
+        step = self.state.global_step
         if collectives.world_size() > 1:
             weights = collectives.tensor_fingerprint(collectives.all_tensors(self.model, self.optimizer))
-            collectives.refuse_divergence(weights, f"weights at step {self.state.global_step}")
-        step, extra = self.state.global_step, self.state.stateful_callbacks.pop(SIGNAL_CHECKPOINTS, [])
-        if extra := [other for other in extra if other != step] + [step] * self.save_out_of_turn:
-            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = extra
+            collectives.refuse_divergence(weights, f"weights at step {step}")
+        steps = self.state.stateful_callbacks.pop(SIGNAL_CHECKPOINTS, [])
+        steps = [other for other in steps if other != step]
+        if self.stop_on_signal.saved_by_signal:
+            steps.append(step)
+        if steps:
+            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = steps
 
         def write():
             self._write_checkpoint(model, trial)
@@ -175,13 +195,13 @@ class ResumableTrainer(Trainer):
 
     def _write_on_main(self, write: Callable, optimizer):
         """Call `write` on rank 0, where whole tensors are at hand even if the ranks have divided them."""
-        with sharding.full_state_dict(self.model, optimizer) as self.full_state:
+        with sharding.full_state_dict(self.model, optimizer) as self._full_state:
             result = collectives.run_on_main(write)
-        self.full_state = None
+        self._full_state = None
         return result
 
     def _write_checkpoint(self, model, trial):
-        """The Trainer writes into a staging folder; what it wrote is published in one rename, then old ones go."""
+        """Let the library write a staging folder, publish that in one rename, and remove old checkpoints."""
         output_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / checkpoints.PARTIAL
@@ -189,10 +209,10 @@ class ResumableTrainer(Trainer):
         best = self.state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)
-            self._name_best(name)
+            self._set_best_checkpoint(name)
             written = self._staging / name
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            (written / checkpoints.SETTINGS).write_text(json.dumps(self.settings, indent=1))
+            checkpoints.write_settings(written, self.settings)
             checkpoints.publish(written, output_dir / name)
         except Exception as error:
             if not checkpoints.is_disk_full(error):
@@ -205,25 +225,64 @@ class ResumableTrainer(Trainer):
             self.unsaved = error
         else:
             self.unsaved = None
-            checkpoints.remove_old_checkpoints(output_dir, self.limit, keep=self.state.best_model_checkpoint)
+            keep = self.state.best_model_checkpoint
+            checkpoints.remove_old_checkpoints(output_dir, self.checkpoint_limit, keep=keep)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
     def refuse_unsaved(self) -> None:
-        """Raise checkpoint.Unsaved where the last state could not be written."""
+        """Raise StateNotSaved where the last state could not be written."""
         if self.unsaved:
             raise checkpoints.StateNotSaved(
                 f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}"
             )
 
-    def _name_best(self, name: str | None = None) -> None:
-        """Point to the best step's checkpoint, where there is one (`name` is being written); one that a signal caused
-        does not count, since an undisturbed run has none."""
+    def _set_best_checkpoint(self, written: str | None = None) -> None:
+        """Point to the checkpoint of the best step, where there is one.
+
+        A checkpoint that a signal caused does not count, since an undisturbed run has none.
+
+        Args:
+            written: name of the checkpoint that is being written.
+        """
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         counts = self.state.best_global_step not in self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, ())
-        if counts and (best.name == name or best.is_dir()):
+        if counts and (best.name == written or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
+
+    # ---- reading ----
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The checkpoint that is the run's result (`--load_best_model_at_end`); None: the last step is."""
+        return self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+
+    def load_if_finished(self, checkpoint: str) -> bool:
+        """Return whether a checkpoint is the end of this run; if so take its state and the result's weights.
+
+        Raises:
+            UsageError: the checkpoint is of a longer run.
+        """
+        folder = Path(checkpoint).parent
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < last:
+            return False
+        if state.global_step > last:
+            raise UsageError(
+                f"{folder} holds a run of {state.global_step} steps, longer than the {last} "
+                "asked for: --output_dir other, or --overwrite"
+            )
+        self.state = state
+        if state.stateful_callbacks.pop(PENDING_EVAL, None):
+            self._load_from_checkpoint(checkpoint)
+            self.run_pending_evaluation()
+        result = checkpoint
+        if self.best_checkpoint:  # whose folder may have moved
+            result = str(folder / Path(self.best_checkpoint).name)
+        self._load_from_checkpoint(result)
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.adapter:

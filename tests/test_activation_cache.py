@@ -1,4 +1,4 @@
-"""Running the layers below the lowest perturbed one once, or never: the same losses as whole forwards."""
+"""The lower layers run once, or never: the losses are those of whole forwards."""
 
 import json
 from collections import namedtuple
@@ -36,38 +36,38 @@ def perturbation(lora, n):
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("copies", [None, 2, 3])
-def test_losses_above_what_is_given_are_those_of_whole_forwards(family, copies, plain):
+def test_losses_without_the_lower_layers_are_those_of_whole_forwards(family, copies, plain):
     model, lora = upper(family)
     layers, first = lora.first_adapted_layer
     examples = some_examples(8)
     batch = packing.pack(examples, plain)
     hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
-    store = activation_cache.ActivationCache(model, layers, first, examples, plain)
-    stored = packing.pack(store.examples, plain)
+    cache = activation_cache.ActivationCache(model, layers, first, examples, plain)
+    cached_batch = packing.pack(cache.examples, plain)
     with torch.inference_mode():
         lora.set_perturbations(perturbation(lora, copies) if copies else None)
         expected = logprobs.loss(model, batch, True, copies)
         with activation_cache.skip_lower_layers(layers, first, hidden):
             assert torch.allclose(logprobs.loss(model, batch, True, copies), expected, atol=2e-5)
-        with activation_cache.skip_lower_layers(layers, first, store(stored)):
-            assert torch.allclose(logprobs.loss(model, stored, True, copies), expected, atol=2e-5)
+        with activation_cache.skip_lower_layers(layers, first, cache(cached_batch)):
+            assert torch.allclose(logprobs.loss(model, cached_batch, True, copies), expected, atol=2e-5)
         assert torch.equal(logprobs.loss(model, batch, True, copies), expected)  # all layers are back
     assert [type(layer) for layer in layers] == [type(layers[0])] * 2
 
 
-def test_a_stored_row_is_the_same_in_any_pack(family):
+def test_a_cached_row_is_the_same_in_any_pack(family):
     """Rows that share a tree in their batch, and batches in another order, take the states of their own rows."""
     model, lora = upper(family)
     layers, first = lora.first_adapted_layer
-    store = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain=False)
-    assert any(len(t.reads) > len(x.encodings) for t in packing.build_trees(store.examples) for x in store.examples[:1])
-    for some in (store.examples[::-1], store.examples[2:5], store.examples[:1]):
+    cache = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain=False)
+    assert any(len(t.reads) > len(x.encodings) for t in packing.build_trees(cache.examples) for x in cache.examples[:1])
+    for some in (cache.examples[::-1], cache.examples[2:5], cache.examples[:1]):
         batch = packing.pack(some)
         expected = activation_cache.capture_hidden_states(
             layers[first], lambda batch=batch: logprobs.loss(model, batch, True)
         )
         real = batch["end"] > 0
-        assert torch.allclose(store(batch)[real], expected[real], atol=2e-5)
+        assert torch.allclose(cache(batch)[real], expected[real], atol=2e-5)
 
 
 def test_the_lower_layers_run_once_for_all_points(family):
@@ -131,7 +131,7 @@ def test_the_size_is_told_and_too_much_is_refused(go, caplog, monkeypatch, capsy
     assert "MB are free" in capsys.readouterr().err
 
 
-def test_a_store_that_does_not_fit_is_refused_before_it_is_filled(monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(monkeypatch):
     model, lora = upper("opt")
     monkeypatch.setattr(activation_cache.psutil, "virtual_memory", lambda: namedtuple("M", "available")(0))
     with pytest.raises(UsageError, match="--num_train"):
