@@ -1,28 +1,37 @@
-"""Start runs of several ranks, and read what they wrote."""
+"""Start runs of several ranks, and read what they left behind.
+
+The ranks are forks of this process, which has imported everything already: an import takes longer than a run. They get
+the environment that torchrun gives, from a torchrun agent where a test is about the agent.
+"""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import run
-from support.runs import ROOT
+from support.rank_program import run_plan
 from training import checkpoints
 
 OWN = "--data_dir own --task_name own --template {q}_Answer: --answer_column a --max_new_tokens 4 --num_train 0"
-ONE = "--per_device_train_batch_size 8"
+ONE = "--per_device_train_batch_size 8"  # of one process, where each of two ranks has 4 rows
+TIMEOUT = 500  # seconds that a process may take
 
 
 def flags(place: str, name: str, more: str) -> list[str]:
+    """Return the flags of a run that writes all its files under one name."""
     words = f"{place} --output_dir {name} --result_file {name}.json --predictions {name}.jsonl {more}".split()
     return [word.replace("_Answer", " Answer") for word in words]
 
 
 def alone(place: str, name: str, more: str, status: int = 0) -> None:
+    """Run in this process; the run has to end with that exit status."""
     assert run.main(flags(place, name, more)) == status
 
 
@@ -32,23 +41,73 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launch(plan: str, lines: list, *words: str, **environment) -> subprocess.Popen:
-    """A process that runs the lines of a plan: (flags, mishap); under torchrun, where there are `words` for it."""
-    Path(plan).write_text(json.dumps(lines))
-    command = [sys.executable, *(["-m", "torch.distributed.run", *words] if words else [])]
-    command += [str(ROOT / "tests" / "ranks.py"), plan]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Process:
+    """A fork of this process that calls a function, with variables in its environment and its output in a file."""
+
+    def __init__(self, log: str, environment: dict[str, str], fn: Callable, *args):
+        self.log = Path(log)
+        self.environment = environment
+        self.process = multiprocessing.get_context("fork").Process(target=self._call, args=(fn, *args))
+        self.process.start()
+
+    def _call(self, fn: Callable, *args) -> None:
+        os.environ.update(self.environment)
+        file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+        fn(*args)
+
+    def finish(self) -> str:
+        """Wait for the end of the process and return its output."""
+        self.process.join(TIMEOUT)
+        self.kill()
+        return self.log.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def status(self) -> int | None:
+        """The exit status."""
+        return self.process.exitcode
 
 
-def finish(process: subprocess.Popen) -> str:
+def write_plan(place: str, plan: str, lines: dict[str, tuple[str, str | None]]) -> None:
+    """Write a plan out of {name: (flags, name of a mishap or None)}."""
+    Path(plan).write_text(json.dumps([(flags(place, name, more), mishap) for name, (more, mishap) in lines.items()]))
+
+
+def start_ranks(plan: str, ranks: int = 2) -> list[Process]:
+    """Start ranks that run a plan together."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+    world["MASTER_PORT"] = free_port()
+    return [
+        Process(f"{plan}-{rank}.log", {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, run_plan, plan)
+        for rank in range(ranks)
+    ]
+
+
+def start_torchrun(plan: str, ranks: int = 2, log: str = "", environment: dict | None = None, **config) -> Process:
+    """Start an agent of torchrun, which starts ranks that run a plan; `config` goes to torch's LaunchConfig."""
+    options = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"} | config
+    config = LaunchConfig(nproc_per_node=ranks, run_id=plan, start_method="fork", monitor_interval=0.1, **options)
+    return Process(log or f"{plan}.log", environment or {}, elastic_launch(config, run_plan), plan)
+
+
+def outcomes(plan: str, names, processes: list[Process]) -> dict[str, list]:
+    """Wait for ranks that run a plan; return {name: (exit status, output) of each rank}."""
+    output = [process.finish() for process in processes]
     try:
-        return process.communicate(timeout=500)[0]
-    finally:
-        process.kill()
+        ranks = [json.loads(Path(f"{Path(plan).stem}-{rank}.json").read_text()) for rank in range(len(processes))]
+        return dict(zip(names, zip(*ranks, strict=True), strict=True))
+    except (OSError, ValueError):
+        pytest.fail("\n".join(output))
 
 
 def losses(name: str) -> list[dict]:
+    """Return the log entries of a run with a loss or a step length, out of its last checkpoint."""
     last = checkpoints.list_checkpoints(name)[-1]
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry or "eval_loss" in entry or "step_length" in entry]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.ranks import ONE, OWN, alone, close, finish, flags, free_port, launch, losses
+from support.ranks import ONE, OWN, alone, close, losses, outcomes, start_ranks, start_torchrun, write_plan
 
 from distributed import stop_signals
 from training import checkpoints
@@ -36,17 +36,12 @@ FILES = {"lora": "adapter_model", "boost": "boosters", "half": "boosters", "pref
 def two(place):
     """{name: (exit status, what it said) of each rank} of all runs of two ranks."""
     alone(place, "grown", f"{FULL} --max_steps 2 {ONE}")
-    plan = {name: (f"{more} --fsdp full_shard", None) for name, more in SAME.items()}
-    plan["grown"] = (f"{SAME['full']} --fsdp", None)  # goes on from 2 steps of one process
-    plan["shrunk"] = (f"{SAME['full']} --fsdp", "signal")
-    plan["evaluating"] = (f"{SAME['full']} --fsdp", "signal in an evaluation")
-    lines = [(flags(place, name, more), mishap) for name, (more, mishap) in plan.items()]
-    said = finish(launch("fsdp.json", lines, "--nproc_per_node", "2", "--master_port", free_port()))
-    try:
-        statuses = [json.loads(Path(f"fsdp-{r}.json").read_text()) for r in (0, 1)]
-        return dict(zip(plan, zip(*statuses, strict=True), strict=True))
-    except (OSError, ValueError):
-        pytest.fail(said)
+    lines = {name: (f"{more} --fsdp full_shard", None) for name, more in SAME.items()}
+    lines["grown"] = (f"{SAME['full']} --fsdp", None)  # goes on from 2 steps of one process
+    lines["shrunk"] = (f"{SAME['full']} --fsdp", "signal")
+    lines["evaluating"] = (f"{SAME['full']} --fsdp", "signal in an evaluation")
+    write_plan(place, "fsdp.json", lines)
+    return outcomes("fsdp.json", lines, start_ranks("fsdp.json"))
 
 
 def weights(name: str) -> dict:
@@ -81,8 +76,8 @@ def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):
 )
 def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):
     name = mishap.split()[0]
-    plan = [(flags(place, name, f"{SAME['full']} --fsdp"), mishap)]
-    said = finish(launch(f"{name}.json", plan, "--nproc_per_node", "2", "--master_port", free_port()))
+    write_plan(place, "fails.json", {name: (f"{SAME['full']} --fsdp", mishap)})
+    said = start_torchrun("fails.json", log=f"{name}.log").finish()
     lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
     assert any(words in line for line in lines) and "Traceback" not in said.split("torch/distributed/elastic")[0], said
     assert [path.name for path in checkpoints.list_checkpoints(name)] == [f"checkpoint-{n}" for n in saved]

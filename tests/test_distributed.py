@@ -1,24 +1,23 @@
 """Several ranks take the steps of one process: same trajectory, one writer, and an end when one of them is lost."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.ranks import ONE, OWN, alone, close, finish, flags, free_port, launch, losses
+from support.ranks import ONE, OWN, alone, close, free_port, losses, outcomes, start_ranks, start_torchrun, write_plan
 from support.references import some_examples
 from support.runs import adapter_bytes
 
-import run
 from distributed import collectives, data_parallel, stop_signals
 from scoring import packing
 from training import checkpoints
 from utils import UsageError
 from zo.trajectory import Trajectory
 
-ROOT = Path(run.__file__).parent
 ZO = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
 BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 6 --max_steps 20 --train_as_classification"
 SHORT = BOOST.replace("20", "9")
@@ -42,50 +41,23 @@ SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
 
 
 @pytest.fixture(scope="module")
-def launched(place):
-    """{name: processes} that all start at once: most of their time goes into imports."""
+def two(place):
+    """{name: (exit status, output) of each rank} of all runs of two ranks."""
     alone(place, "grown", f"{SHORT} {ONE}")
     alone(place, "stopped", f"{STOPS} {ONE}")
-    plan = {name: (more, None) for name, (more, _) in SAME.items()}
-    plan["evaluated"] = (SHOTS, None)
-    plan["answered"] = (OWN, None)
-    plan["probed"] = (PROBE, None)
-    plan["grown"] = (BOOST, None)  # goes on from 9 steps of one process
-    plan["calm"] = (f"{SHORT} --save_steps 2", None)
-    plan["nan"] = (SHORT, "nan")
-    plan["signal"] = (STOPS, "signal")
-    plan["evaluating"] = (STOPS, "signal in an evaluation")
-    plan["drifted"] = (f"{SHORT} --save_steps 2", "drift")
-    plan["other"] = (f"{SHORT} --learning_rate 1e-3 --output_dir stopped", None)
-    lines = [(flags(place, name, more), mishap) for name, (more, mishap) in plan.items()]
-    static = ("--nproc_per_node", "2", "--master_port")
-    dies = [(flags(place, "lost", f"{SHORT} --save_steps 2"), "death")]
-    nodes = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d")
-    meet, silent = ("--rdzv_endpoint", f"localhost:{free_port()}"), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    silent["MASTER_PORT"] = free_port()
-    hangs = [(flags(place, "silent", f"{SHORT} --ddp_timeout 4"), "silence")]
-    started = {
-        "two": [launch("two.json", lines, *static, free_port())],
-        "lost": [launch("lost.plan.json", dies, *static, free_port(), "--max-restarts", "1")],
-        "nodes": [launch("nodes.plan.json", [(flags(place, "nodes", f"{SHORT} --save_steps 2"), None)], *nodes, *meet,
-                         ZO_GATHER_DELAY="0.05") for _ in range(2)],
-        "silent": [launch("silent.plan.json", hangs, **silent, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)],
-    }  # fmt: skip
-    yield plan, started
-    for process in [p for some in started.values() for p in some]:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def two(launched):
-    """{name: (exit status, what it said) of each rank} of all runs of two ranks."""
-    plan, started = launched
-    said = finish(started["two"][0])
-    try:
-        statuses = [json.loads(Path(f"two-{r}.json").read_text()) for r in (0, 1)]
-        return dict(zip(plan, zip(*statuses, strict=True), strict=True))
-    except (OSError, ValueError):
-        pytest.fail(said)
+    lines = {name: (more, None) for name, (more, _) in SAME.items()}
+    lines["evaluated"] = (SHOTS, None)
+    lines["answered"] = (OWN, None)
+    lines["probed"] = (PROBE, None)
+    lines["grown"] = (BOOST, None)  # goes on from 9 steps of one process
+    lines["calm"] = (f"{SHORT} --save_steps 2", None)
+    lines["nan"] = (SHORT, "nan")
+    lines["signal"] = (STOPS, "signal")
+    lines["evaluating"] = (STOPS, "signal in an evaluation")
+    lines["drifted"] = (f"{SHORT} --save_steps 2", "drift")
+    lines["other"] = (f"{SHORT} --learning_rate 1e-3 --output_dir stopped", None)
+    write_plan(place, "two.json", lines)
+    return outcomes("two.json", lines, start_ranks("two.json"))
 
 
 def weights(name: str, file: str = "boosters") -> dict:
@@ -181,28 +153,31 @@ def test_a_refusal_of_rank_0_is_one_of_all(two):
     assert "learning_rate" in two["other"][0][1].splitlines()[-1] and two["other"][1][1] == ""
 
 
-def test_a_rank_that_dies_ends_the_others_and_torchrun_starts_them_again(launched, two):
-    said = finish(launched[1]["lost"][0])
-    lines = [line for line in said.splitlines() if line.startswith("run.py: error")]
-    assert len(lines) == 1 and "another rank died" in lines[0] and "going on from lost/checkpoint-4" in said, said
+def test_a_rank_that_dies_ends_the_others_and_torchrun_starts_them_again(place, two):
+    write_plan(place, "dies.json", {"lost": (f"{SHORT} --save_steps 2", "death")})
+    output = start_torchrun("dies.json", max_restarts=1).finish()
+    lines = [line for line in output.splitlines() if line.startswith("run.py: error")]
+    assert len(lines) == 1 and "another rank died" in lines[0] and "going on from lost/checkpoint-4" in output, output
     assert adapter_bytes("lost") == adapter_bytes("calm")
 
 
-def test_a_rank_that_does_not_answer_is_given_up(launched, two):
+def test_a_rank_that_does_not_answer_is_given_up(place):
     """Without torchrun to end it: rank 1 stops, rank 0 waits `--ddp_timeout` seconds, says so and exits with 1."""
-    rank0, rank1 = launched[1]["silent"]
-    said = finish(rank0)
+    write_plan(place, "stops.json", {"silent": (f"{SHORT} --ddp_timeout 4", "silence")})
+    rank0, rank1 = start_ranks("stops.json")
+    output = rank0.finish()
     rank1.kill()
-    rank1.wait()
-    assert rank0.returncode == 1 and "does not answer" in said.splitlines()[-1], said
-    waited = float(Path("silent.plan-ended").read_text()) - float(Path("silence").read_text())
+    assert rank0.status == 1 and "does not answer" in output.splitlines()[-1], output
+    waited = float(Path("stops-0-ended").read_text()) - float(Path("silence").read_text())
     assert 3.5 < waited < 15
 
 
-def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(launched, two):
-    agents = launched[1]["nodes"]
-    said = [finish(agent) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
+def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(place, two):
+    write_plan(place, "meet.json", {"nodes": (f"{SHORT} --save_steps 2", "slow network")})
+    meeting = {"min_nodes": 2, "max_nodes": 2, "rdzv_endpoint": f"localhost:{free_port()}"}
+    agents = [start_torchrun("meet.json", ranks=1, log=f"node{i}.log", **meeting) for i in (0, 1)]
+    output = [agent.finish() for agent in agents]
+    assert [agent.status for agent in agents] == [0, 0], output
     ranks = json.loads(Path("nodes.json").read_text())["sets"][0]["ranks"]
     assert ranks["bytes_per_step"] == 32 and 0.05 < ranks["wait_seconds_per_step"] < 0.15, ranks
     assert adapter_bytes("nodes") == adapter_bytes("calm")
@@ -225,10 +200,10 @@ def test_the_shares_of_a_batch_make_up_its_loss(monkeypatch):
     for classification in (True, False):
         found = []
         for rank in range(12):  # more ranks than rows
-            monkeypatch.setattr(collectives, "size", lambda: 12)
+            monkeypatch.setattr(collectives, "world_size", lambda: 12)
             monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
             weigh = lambda rows, c=classification: packing.loss_terms(rows, c)  # noqa: E731
-            found.append(data_parallel.ShardingCollator(packing.pack, weigh)(examples))
+            found.append(data_parallel.ShardingCollator(packing.pack, weigh, packing.num_tokens)(examples))
         assert sum(one["part"] for one in found) == pytest.approx(1, abs=1e-15)
         assert ["input_ids" in one for one in found].count(False) == 2
         counted = "label" if classification else "token_option"
@@ -244,17 +219,39 @@ def test_a_fingerprint_sees_one_bit_of_any_dtype():
     assert collectives.tensor_fingerprint([torch.ones(2, 2)[:, 0], torch.empty(3, device="meta")])
 
 
-def test_ranks_that_have_to_be_apart_want_a_gpu_each(monkeypatch):
+def test_a_rank_may_have_to_have_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    collectives.refuse_shared_gpus(2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with (
         pytest.raises(UsageError, match="3 ranks on a machine with 2 GPU"),
-        collectives.hide_world_from_trainer(apart=True),
+        collectives.hide_world_from_trainer(),
     ):
-        pass
-    with collectives.hide_world_from_trainer():
-        pass
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        collectives.refuse_shared_gpus(2)
+    collectives.refuse_shared_gpus(0)  # ranks share a CPU
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # of this rank alone
-    with collectives.hide_world_from_trainer(apart=True):
-        pass
+    collectives.refuse_shared_gpus(1)
+
+
+@pytest.mark.parametrize("listed, chosen", [(None, "1"), ("4,6", "6")])
+def test_each_rank_of_a_machine_sees_one_gpu(monkeypatch, listed, chosen):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
+    assert collectives.choose_gpu() == 2 and os.environ["CUDA_VISIBLE_DEVICES"] == (listed or "")  # one process
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with collectives.hide_world_from_trainer():
+        assert collectives.choose_gpu() == 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+def test_the_world_is_hidden_from_the_library_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    with collectives.hide_world_from_trainer(), collectives.hide_world_from_trainer():
+        assert "WORLD_SIZE" not in os.environ and "RANK" not in os.environ
+        assert collectives.env_world_size() == 4 and collectives.rank() == 3 and not collectives.is_main_process()
+    assert os.environ["WORLD_SIZE"] == "4" and os.environ["RANK"] == "3"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert collectives.env_world_size() == 1
