@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.ranks import ONE, OWN, alone, close, losses, outcomes, start_ranks, start_torchrun, write_plan
+from support.ranks import ONE, OWN, alone, close, losses, run_two_ranks
 
 from distributed import stop_signals
 from training import checkpoints
@@ -40,8 +40,7 @@ def two(place):
     lines["grown"] = (f"{SAME['full']} --fsdp", None)  # goes on from 2 steps of one process
     lines["shrunk"] = (f"{SAME['full']} --fsdp", "signal")
     lines["evaluating"] = (f"{SAME['full']} --fsdp", "signal in an evaluation")
-    write_plan(place, "fsdp.json", lines)
-    return outcomes("fsdp.json", lines, start_ranks("fsdp.json"))
+    return run_two_ranks(place, lines)
 
 
 def weights(name: str) -> dict:
@@ -68,19 +67,6 @@ def test_divided_weights_take_the_steps_of_whole_ones(place, two, name):
         assert checkpoints.list_checkpoints(name)[-1].name == "checkpoint-4" and best_step(name) == 2
     said = [list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1")]
     assert [x["prediction"] for x in said[0]] == [x["prediction"] for x in said[1]] or name == "half"
-
-
-@pytest.mark.parametrize(
-    "mishap, words, saved",
-    [("death", "another rank died", [2, 4]), ("out of memory in an evaluation", "rank 1: error: out of memory", [2])],
-)
-def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):
-    name = mishap.split()[0]
-    write_plan(place, "fails.json", {name: (f"{SAME['full']} --fsdp", mishap)})
-    said = start_torchrun("fails.json", log=f"{name}.log").finish()
-    lines = [line for line in said.splitlines() if line.startswith("run.py: ")]
-    assert any(words in line for line in lines) and "Traceback" not in said.split("torch/distributed/elastic")[0], said
-    assert [path.name for path in checkpoints.list_checkpoints(name)] == [f"checkpoint-{n}" for n in saved]
 
 
 def test_one_process_and_two_ranks_go_on_from_each_other(place, two):

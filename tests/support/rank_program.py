@@ -151,3 +151,7 @@ def run_plan(plan: str) -> None:
         plan.with_name(f"{prefix}.json").write_text(json.dumps(outcomes))
     plan.with_name(f"{prefix}-ended").write_text(str(time.time()))
     sys.exit(outcomes[0][0] if len(outcomes) == 1 else 0)
+
+
+if __name__ == "__main__":  # under torchrun
+    run_plan(sys.argv[1])

@@ -1,7 +1,7 @@
 """Start runs of several ranks, and read what they left behind.
 
 The ranks are forks of this process, which has imported everything already: an import takes longer than a run. They get
-the environment that torchrun gives, from a torchrun agent where a test is about the agent.
+the environment that torchrun gives; tests/stress/test_ranks.py has torchrun itself.
 """
 
 import json
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import run
 from support.rank_program import run_plan
@@ -55,7 +54,7 @@ class Process:
         file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
         fn(*args)
 
     def finish(self) -> str:
@@ -89,21 +88,16 @@ def start_ranks(plan: str, ranks: int = 2) -> list[Process]:
     ]
 
 
-def start_torchrun(plan: str, ranks: int = 2, log: str = "", environment: dict | None = None, **config) -> Process:
-    """Start an agent of torchrun, which starts ranks that run a plan; `config` goes to torch's LaunchConfig."""
-    options = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"} | config
-    config = LaunchConfig(nproc_per_node=ranks, run_id=plan, start_method="fork", monitor_interval=0.1, **options)
-    return Process(log or f"{plan}.log", environment or {}, elastic_launch(config, run_plan), plan)
-
-
-def outcomes(plan: str, names, processes: list[Process]) -> dict[str, list]:
-    """Wait for ranks that run a plan; return {name: (exit status, output) of each rank}."""
-    output = [process.finish() for process in processes]
+def run_two_ranks(place: str, lines: dict[str, tuple[str, str | None]]) -> dict[str, list]:
+    """Run {name: (flags, name of a mishap or None)} on two ranks; return {name: (exit status, output) of each rank}."""
+    plan = f"{next(iter(lines))}.plan"
+    write_plan(place, plan, lines)
+    logs = [process.finish() for process in start_ranks(plan)]
     try:
-        ranks = [json.loads(Path(f"{Path(plan).stem}-{rank}.json").read_text()) for rank in range(len(processes))]
-        return dict(zip(names, zip(*ranks, strict=True), strict=True))
-    except (OSError, ValueError):
-        pytest.fail("\n".join(output))
+        outcomes = [json.loads(Path(f"{Path(plan).stem}-{rank}.json").read_text()) for rank in (0, 1)]
+        return dict(zip(lines, zip(*outcomes, strict=True), strict=True))
+    except (OSError, ValueError):  # a rank has died
+        pytest.fail("\n".join(logs))
 
 
 def losses(name: str) -> list[dict]:
