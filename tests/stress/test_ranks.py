@@ -60,7 +60,7 @@ def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(place, calm):
     output = [finish(agent) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], output
     ranks = json.loads(Path("nodes.json").read_text())["sets"][0]["ranks"]
-    assert ranks["bytes_per_step"] == 32 and 0.05 < ranks["wait_seconds_per_step"] < 0.15, ranks
+    assert ranks["bytes_per_step"] == 32 and 0.03 < ranks["wait_seconds_per_step"] < 0.15, ranks
     assert adapter_bytes("nodes") == calm
 
 
