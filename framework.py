@@ -255,7 +255,7 @@ class Framework:
             weigh = functools.partial(packing.loss_terms, classification=args.train_as_classification)
             size = packing.num_tokens
             loss_fn = functools.partial(logprobs.loss, classification=args.train_as_classification)
-        share = data_parallel.ShardingCollator(pack, weigh, size, args.zo_parallel == "data", in_step=args.sharded)
+        share = data_parallel.ShardingCollator(pack, weigh, size, args.zo_parallel == "data")
         return {"train_dataset": dataset, "data_collator": share, "loss_fn": loss_fn}
 
     def shard(self) -> None:

@@ -1,1 +1,1 @@
-"""One run on several ranks: exchanges, division of the work, requests to stop, and weights divided among the ranks."""
+"""One run on several ranks: exchanges, division of the work, requests to stop, divided weights."""

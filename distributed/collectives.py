@@ -2,14 +2,14 @@
 
     torchrun --nproc_per_node 2 run.py --trainer zo …
 
-z is a function of (seed, step, query, element). Ranks that know the losses of a step therefore take the same step, bit
-for bit: of a step under `zo` only a few dozen bytes a rank go over gloo, whatever the model's size. The batch is drawn
-as one process with the product of the batch sizes would draw it, and then divided (data_parallel.py), so that the
-number of ranks changes rounding only.
+z is a function of (seed, step, query, element). Ranks that know the losses of a step therefore take the same
+step, bit for bit: of a step under `zo` only a few dozen bytes a rank go over gloo, whatever the model's size.
+The batch is drawn as one process with the product of the batch sizes would draw it, and then divided
+(data_parallel.py), so that the number of ranks changes rounding only.
 
-The library's own data parallelism is not used: it would wrap the model, shard the data in another order and average
-gradients that do not exist. `hide_world_from_trainer` keeps the library from seeing other ranks, and `run_on_main` does
-what only one rank may do. When a rank is lost, that is an error on all the others.
+The library's own data parallelism is not used: it would wrap the model, shard the data in another order and
+average gradients that do not exist. `hide_world_from_trainer` keeps the library from seeing other ranks, and
+`run_on_main` does what only one rank may do. When a rank is lost, that is an error on all the others.
 """
 
 import atexit
@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from utils import Interrupted, UsageError
 
-GATHER_DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))  # seconds put before every exchange, to try a slow network
+# Seconds put before every exchange, to try a slow network.
+GATHER_DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))
 WORLD_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -44,17 +45,18 @@ WORLD_VARIABLES = (
 )
 TRAFFIC = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and how long it has waited
 
-_hidden_variables: dict[str, str] = {}  # those of WORLD_VARIABLES that `hide_world_from_trainer` has taken away
+# Those of WORLD_VARIABLES that `hide_world_from_trainer` has taken out of the environment.
+_hidden_variables: dict[str, str] = {}
 
 
 class NoJoin(contextlib.nullcontext):
-    """The context around a rank's own work where a forward needs no other rank; sharding.py has another."""
+    """The context around a rank's own work where a forward needs no other rank."""
 
     in_forward = False  # whether an error has left the other ranks waiting
 
 
-join_context = NO_JOIN = NoJoin()
-# A context around a rank's own work in `run_on_all`; stop_signals.py sets one while an evaluation may be left.
+join_context = NO_JOIN = NoJoin()  # sharding.py puts another one here
+# Around a rank's own work in `run_on_all`; stop_signals.py sets it while an evaluation may be left.
 local_work: Callable = contextlib.nullcontext
 
 
@@ -101,7 +103,9 @@ def is_main_process() -> bool:
 
 
 def choose_gpu() -> int:
-    """Let this process see one GPU only, chosen by its local rank. Call it before CUDA starts, which fixes the choice.
+    """Let this process see one GPU only, chosen by its local rank.
+
+    CUDA must not have started: its start fixes what it sees.
 
     Returns:
         How many GPUs the process saw before, for `refuse_shared_gpus`.
@@ -121,14 +125,16 @@ def refuse_shared_gpus(gpus: int) -> None:
         gpus: what `choose_gpu` has returned.
     """
     ranks = _world_variable("LOCAL_WORLD_SIZE", 0)
-    one_is_assigned = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher may show each rank its own GPU
+    # A launcher may show each rank its own GPU alone.
+    one_is_assigned = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     if 0 < gpus < ranks and not one_is_assigned:
-        raise UsageError(f"--fsdp: {ranks} ranks on a machine with {gpus} GPU(s), and each needs one of its own")
+        machine = f"{ranks} ranks on a machine with {gpus} GPU(s)"
+        raise UsageError(f"--fsdp: {machine}, and each needs one of its own")
 
 
 @contextlib.contextmanager
 def hide_world_from_trainer() -> Iterator[None]:
-    """Take the variables that tell of other ranks out of the environment; the functions of this module know them."""
+    """Inside, the environment does not tell of other ranks; the functions of this module know them still."""
     variables = {name: os.environ.pop(name) for name in WORLD_VARIABLES if name in os.environ}
     _hidden_variables.update(variables)
     try:
@@ -140,7 +146,9 @@ def hide_world_from_trainer() -> Iterator[None]:
 
 
 def join_process_group(timeout: float, tensors: bool = False) -> None:
-    """Meet the other ranks, where torchrun has started several; all but rank 0 print errors only from here on.
+    """Meet the other ranks, where torchrun has started several.
+
+    From here on all ranks but rank 0 print errors only.
 
     Args:
         timeout: seconds after which an exchange fails.
@@ -150,20 +158,21 @@ def join_process_group(timeout: float, tensors: bool = False) -> None:
         UsageError: the environment does not say where the other ranks are.
         PeerLost: the other ranks do not come.
     """
-    if env_world_size() == 1:
+    ranks = env_world_size()
+    if ranks == 1:
         return
     if "MASTER_ADDR" not in os.environ:
-        raise UsageError(
-            f"WORLD_SIZE is {env_world_size()}, but nothing says where the other ranks are: start with torchrun"
-        )
+        problem = "nothing says where the other ranks are: start with torchrun"
+        raise UsageError(f"WORLD_SIZE is {ranks}, but {problem}")
     if not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         with as_peer_lost():
-            store, _, _ = next(dist.rendezvous("env://", rank(), env_world_size(), timeout=limit))
-            # torchrun's store outlives the ranks that it starts again: they would find the addresses of the dead.
-            store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store, _, _ = next(dist.rendezvous("env://", rank(), ranks, timeout=limit))
+            # torchrun's store outlives ranks that are started again: they would find addresses of the dead.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt{attempt}", store)
             backend = "cpu:gloo,cuda:nccl" if tensors and torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank(), world_size=env_world_size(), timeout=limit)
+            dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks, timeout=limit)
         atexit.register(dist.destroy_process_group)
     if not is_main_process():
         logging.getLogger().setLevel(logging.ERROR)
@@ -208,7 +217,7 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
 
 
 def gather(values: Sequence[float]) -> list[list[float]]:
-    """Return the numbers of every rank, in rank order, as fp64; each rank gives as many as this one. One exchange."""
+    """Return the numbers (fp64) of every rank, in rank order; each rank gives equally many."""
     if world_size() == 1:
         return [list(values)]
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -231,7 +240,7 @@ def gather_objects(value) -> list:
 def run_on_all(fn: Callable) -> list:
     """Call `fn` on every rank; return the results of all ranks, in rank order.
 
-    What `fn` raises on one rank, a request to stop included, is raised on all ranks, so that none waits for another.
+    What `fn` raises on one rank, a request to stop included, is raised on all ranks: none waits in vain.
 
     Args:
         fn: takes no argument and returns something that JSON can hold.
@@ -259,7 +268,7 @@ def run_on_all(fn: Callable) -> list:
 
 
 def _raise_first_failure(outcomes: Sequence[Sequence], own_error: BaseException | None) -> None:
-    """Raise the error of the lowest rank that failed, or this rank's own where the first is not shared by name."""
+    """Raise the error of the first rank that failed; one that SHARED_ERRORS lacks only where it occurred."""
     for number, (kind, text) in enumerate(outcomes):
         if kind in SHARED_ERRORS:
             raise SHARED_ERRORS[kind](text)
@@ -268,12 +277,12 @@ def _raise_first_failure(outcomes: Sequence[Sequence], own_error: BaseException 
 
 
 def run_on_main(fn: Callable):
-    """Call `fn` on rank 0 alone and return its result on every rank; so `fn` may not exchange with other ranks."""
+    """Call `fn` on rank 0 alone and return its result on every rank; `fn` may not exchange with others."""
     return run_on_all(lambda: fn() if is_main_process() else None)[0]
 
 
 def forwards_are_exchanges() -> bool:
-    """Return whether a forward needs all ranks, because each holds a part of the weights; none may leave one then."""
+    """Return whether a forward needs all ranks, because each holds a part of the weights."""
     return join_context is not NO_JOIN
 
 
@@ -283,7 +292,7 @@ def forwards_are_exchanges() -> bool:
 def tensor_fingerprint(tensors: Sequence[Tensor]) -> float:
     """Return 48 bits of a hash of the sums of blocks of the tensors' bits; fast on any device.
 
-    Tensors on the meta device are left out, and those that are divided among the ranks: of these there is one copy.
+    Left out are tensors on the meta device, and those that the ranks have divided: there is one copy of them.
     """
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -317,4 +326,5 @@ def refuse_divergence(number: float, what: str) -> None:
     usual = Counter(numbers).most_common(1)[0][0]  # of equally frequent ones the first: rank 0's
     others = [str(r) for r, number in enumerate(numbers) if number != usual]
     if others:
-        raise Diverged(f"rank {', '.join(others)} of {world_size()} has other {what} than the others: nothing is saved")
+        ranks = f"rank {', '.join(others)} of {world_size()}"
+        raise Diverged(f"{ranks} has other {what} than the others: nothing is saved")

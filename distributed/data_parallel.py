@@ -1,6 +1,6 @@
 """Division of the work among ranks: rows of a batch, points of a step, examples of an evaluation.
 
-The exchanges between ranks are those of collectives.py. With one process, everything here leaves the work whole.
+The exchanges between ranks are those of collectives.py. With one process the work stays whole.
 """
 
 import contextlib
@@ -47,28 +47,26 @@ def contiguous_split(sizes: Sequence[int], ranks: int) -> list[range]:
 class ShardingCollator:
     """Packs this rank's rows of a batch that all ranks draw.
 
-    A batch has `weight`: how much the whole batch counts. Where there are several ranks, it also has `part`, the
-    fraction of the loss that this rank's rows make up, and `tokens`, how many tokens these rows have. A rank without a
-    row gets nothing else; where all ranks have to run a row (`in_step`) it gets one whose part is 0.
+    A batch has `weight`: how much the whole batch counts. Where there are several ranks, it also has `part`,
+    the fraction of the loss that this rank's rows make up, and `tokens`, how many tokens these rows have. A
+    rank without a row gets nothing else; where each forward needs all ranks, it gets a row whose part is 0.
 
     Args:
         pack: rows -> batch, a dict of tensors.
         weight: rows -> the number of terms of which the loss is the mean.
         size: row -> its number of tokens.
         divides: False gives each rank the whole batch.
-        in_step: whether every rank has to run a row of each batch.
 
     Attributes:
-        is_local: row -> whether this rank holds what a cache keeps of the row; rows then stay with their rank. None
-            balances the tokens.
+        is_local: row -> whether this rank keeps something of the row in a cache; rows then stay with their
+            rank. With None the ranks get about equally many tokens of each batch.
     """
 
-    def __init__(self, pack: Callable, weight: Callable, size: Callable, divides: bool = True, in_step: bool = False):
+    def __init__(self, pack: Callable, weight: Callable, size: Callable, divides: bool = True):
         self.pack = pack
         self.weight = weight
         self.size = size
         self.divides = divides
-        self.in_step = in_step
         self.is_local: Callable[..., bool] | None = None
 
     def __call__(self, batch: Sequence) -> dict[str, Tensor | float]:
@@ -78,7 +76,7 @@ class ShardingCollator:
             return {**self.pack(batch), "weight": weight}
         rows = self.rows_of_rank(batch) if self.divides else batch
         counts = {"weight": weight, "part": self.weight(rows) / weight, "tokens": sum(map(self.size, rows))}
-        if self.in_step and not rows:
+        if not rows and collectives.forwards_are_exchanges():
             rows = batch[:1]  # its part is 0
         return {**self.pack(rows), **counts} if rows else counts
 
@@ -94,8 +92,8 @@ class LossAllGather:
     """The exchange of a step: each rank adds its part of the loss at every point, and all ranks get the sums.
 
     Args:
-        queries: whether each rank computes the losses of other queries on the whole batch, instead of all queries on
-            its part of the batch.
+        queries: whether each rank computes the losses of other queries on the whole batch, instead of all
+            queries on its part of the batch.
         signals: requests to stop, which the exchange of each step carries along.
     """
 
@@ -184,7 +182,8 @@ def on_this_rank_only() -> Iterator[None]:
 
 
 def map_over_ranks(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequence]) -> list:
-    """Return `fn(indices)` of all items, computed by the ranks together; the results are in the order of the items.
+    """Return `fn(indices)` of all items, computed by the ranks together; the results are in the order of the
+    items.
 
     Args:
         keys: one an item; items whose keys begin alike stay together.
@@ -196,7 +195,11 @@ def map_over_ranks(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     parts = contiguous_split([sizes[i] for i in order], collectives.world_size())
     indices = [order[i] for i in parts[collectives.rank()]]
+
+    def results_of_rank() -> list[tuple[int, object]]:
+        return list(zip(indices, fn(indices), strict=True)) if indices else []
+
     results: dict[int, object] = {}
-    for pairs in collectives.run_on_all(lambda: list(zip(indices, fn(indices) if indices else (), strict=True))):
+    for pairs in collectives.run_on_all(results_of_rank):
         results |= dict(pairs)
     return [results[i] for i in range(len(keys))]

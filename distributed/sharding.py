@@ -1,12 +1,14 @@
-"""Weights divided among the ranks (`--trainer regular --fsdp`): torch's `fully_shard` (FSDP2), and what a run needs.
+"""Weights divided among the ranks (`--trainer regular --fsdp`): torch's `fully_shard` (FSDP2), and what a run
+needs.
 
-Every rank holds a part (a shard) of each weight, of its gradient and of its optimizer state; a layer is put together
-while it runs. Adapters stay whole on every rank, and `data_parallel.sum_gradients` sums their gradients. Each forward
-is an exchange, so all ranks have to call the model equally often (`UnevenForwards`). Files hold whole tensors, so that
-a run goes on with any number of ranks, or with one process.
+Every rank holds a part (a shard) of each weight, of its gradient and of its optimizer state; a layer is put
+together while it runs. Adapters stay whole on every rank, and `data_parallel.sum_gradients` sums their
+gradients. Each forward is an exchange, so all ranks have to call the model equally often (`UnevenForwards`).
+Files hold whole tensors, so that a run goes on with any number of ranks, or with one process.
 
-The rest of the program calls `shard_model` once, `prepare_optimizer` and `full_state_dict` around its checkpoints,
-`copy_into` for a weight that is computed on every rank, and `forget_model` before another model is loaded.
+The rest of the program calls `shard_model` once, `prepare_optimizer` and `full_state_dict` around its
+checkpoints, `copy_into` for a weight that is computed on every rank, and `forget_model` before another model
+is loaded.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ def shard_model(model: nn.Module, adapter, device: torch.device) -> None:
 
     Args:
         model: all of it on the host; afterwards its shards and the adapter are on `device`.
-        adapter: a LoRA or a PrefixTuning, which stays whole on every rank, or None. Has `move_with_model(device)` and
-            `parameters()`.
+        adapter: a LoRA or a PrefixTuning, which stays whole on every rank, or None. Has
+            `move_with_model(device)` and `parameters()`.
         device: of this rank.
 
     Raises:
@@ -46,7 +48,7 @@ def shard_model(model: nn.Module, adapter, device: torch.device) -> None:
     for module in (*reversed(blocks), model):  # the inner ones first
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_params)
     model.register_load_state_dict_pre_hook(_shard_model_state)
-    _run_one_token(model, device)  # the first forward makes the buffers, which inference mode would spoil for training
+    _run_one_token(model, device)  # makes the buffers, which inference mode would spoil for training
     collectives.join_context = UnevenForwards(model)
 
 
@@ -61,20 +63,22 @@ def _run_one_token(model: nn.Module, device: torch.device) -> None:
 
 
 class UnevenForwards(contextlib.AbstractContextManager):
-    """Inside, the ranks call the model unequally often: a rank that has finished runs the model along with the others.
+    """Inside, the ranks call the model unequally often: a rank that has finished runs the model along with
+    the others.
 
     Before each forward, and when it has finished, a rank says whether it is still busy.
 
     Attributes:
-        in_forward: a forward is under way, or an error has broken it off: the other ranks wait for weights then, and
-            can't be told of the error.
+        in_forward: a forward is under way, or an error has broken it off: the other ranks wait for weights
+            then, and can't be told of the error.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.uneven = False
         self.in_forward = False
-        model.register_forward_pre_hook(self.begin_forward, prepend=True)  # ahead of the hook that gathers weights
+        # Ahead of torch's hook, which gathers weights.
+        model.register_forward_pre_hook(self.begin_forward, prepend=True)
         model.register_forward_hook(self.end_forward)
 
     def begin_forward(self, *_) -> None:
@@ -125,7 +129,10 @@ def _shard_model_state(model: nn.Module, state: dict, prefix: str, *_) -> None:
 
 
 def _shard_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
-    """Return a state dict with shards, which an optimizer is about to load (a hook): whole tensors may be too large."""
+    """Return a state dict with shards, which an optimizer is about to load (a hook).
+
+    The optimizer would put whole tensors on the device, which may be too small for them.
+    """
     params = collectives.optimizer_params(optimizer)
 
     def shard(value, param: Tensor):
@@ -166,10 +173,12 @@ def _gather_full_tensors(tree, gathered: dict[int, Tensor | None]):
 
 
 @contextlib.contextmanager
-def full_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[dict[str, Tensor] | None]:
-    """Give the model's state dict in whole tensors, on rank 0; inside, `optimizer.state_dict()` has whole ones too.
+def full_state_dict(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Iterator[dict[str, Tensor | None] | None]:
+    """Give the model's state dict in whole tensors, on rank 0.
 
-    None where nothing is divided, or nothing that is divided is trained.
+    Inside, `optimizer.state_dict()` has whole tensors too. None where nothing is divided, or nothing that is divided is trained.
     """
     trained_params = [p for p in model.parameters() if p.requires_grad]
     if not any(isinstance(p, DTensor) for p in trained_params):

@@ -1,7 +1,9 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run after the step at hand, saved, on all ranks at the same step.
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run after the step at hand, saved, on all ranks at the
+same step.
 
-A signal reaches one rank (`local_signal`); it counts once all ranks know of it (`agreed_signal`), which the exchange of
-each step tells them. With one process it counts at once. An evaluation is left at once (`interruptible`).
+A signal reaches one rank (`local_signal`); it counts once all ranks know of it (`agreed_signal`), which the
+exchange of each step tells them. With one process it counts at once. An evaluation is left at once
+(`interruptible`).
 """
 
 import contextlib
@@ -48,9 +50,10 @@ class StopSignals:
         if self.local_signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.local_signal = number
-        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", self._local_name)
+        name = self._local_name
+        logger.warning("%s: finishing the step and saving it; once more Ctrl-C stops at once", name)
         if collectives.world_size() == 1:  # several ranks agree in the next exchange
-            self.agreed_signal = self._local_name
+            self.agreed_signal = name
         self._leave_if_asked()
 
     @property
@@ -63,7 +66,7 @@ class StopSignals:
             self.agreed_signal = signal.Signals(int(max(local_signals))).name
 
     def check(self) -> None:
-        """Raise Interrupted on all ranks where one of them has been asked to stop; an exchange between ranks."""
+        """Raise Interrupted on all ranks where one of them has been asked to stop; an exchange."""
         if self.on and collectives.world_size() > 1:
             self.merge([number for (number,) in collectives.gather([self.local_signal])])
         if self.agreed_signal:
@@ -76,7 +79,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by itself.
+        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by
+        itself.
 
         Where a forward needs all ranks, none may leave: the request counts at the end.
         """

@@ -1,7 +1,8 @@
-"""What a rank does in the tests of several ranks: `run.main` for each line of a plan, with the mishap of that line.
+"""What a rank does in the tests of several ranks: `run.main` for each line of a plan, with the mishap of that
+line.
 
-A plan is a file of [flags, name of a mishap or null]. Beside it, each rank writes <plan>-<rank>.json, the exit status
-and the output of each run, and <plan>-<rank>-written, the names of all other files that it wrote.
+A plan is a file of [flags, name of a mishap or null]. Beside it, each rank writes <plan>-<rank>.json, the
+exit status and the output of each run, and <plan>-<rank>-written, the names of all other files that it wrote.
 """
 
 import contextlib

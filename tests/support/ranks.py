@@ -1,7 +1,7 @@
 """Start runs of several ranks, and read what they left behind.
 
-The ranks are forks of this process, which has imported everything already: an import takes longer than a run. They get
-the environment that torchrun gives; tests/stress/test_ranks.py has torchrun itself.
+The ranks are forks of this process, which has imported everything already: an import takes longer than a run.
+They get the environment that torchrun gives; tests/stress/test_ranks.py has torchrun itself.
 """
 
 import json
