@@ -6,13 +6,12 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from support import processes
 from support.models import tiny_model, tiny_tokenizer
 from support.runs import BOOST, adapter_bytes
 
@@ -221,38 +220,19 @@ def test_a_limit_on_checkpoints_keeps_the_newest_and_the_best(go):
 
 # ---- a full disk ----
 
-STARVED = """
-import resource, signal, sys
-sys.path.insert(0, {root!r})
-import run
-from trainer import OurTrainer
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-step = OurTrainer.training_step
 
-def starving(self, *args):
-    at = self.state.global_step + 1
-    if at in {changes}:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({changes}[at], resource.RLIM_INFINITY))
-    return step(self, *args)
-
-OurTrainer.training_step = starving
-sys.exit(run.main(sys.argv[1:]))
-"""
-
-
-def starved(go_flags, model_dir, data_dir, changes) -> subprocess.CompletedProcess:
+def starved(flags, model_dir, data_dir, changes) -> processes.Done:
     """A run in which no file may grow beyond so many bytes from a step on: {step: bytes, or -1 for any}."""
-    script = STARVED.format(root=str(ROOT), changes=changes)
     common = f"--model_name {model_dir} --data_dir {data_dir} --result_file result.json --disable_tqdm True"
-    command = [sys.executable, "-c", script, *f"{common} --train_as_classification --num_train 16 {go_flags}".split()]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    argv = f"{common} --train_as_classification --num_train 16 {flags}".split()
+    return processes.call(processes.train_starved, argv, changes, folder=Path.cwd())
 
 
 def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
     expected = calm(LONG)[0]
     done = starved(LONG, model_dir, data_dir, {3: 100, 7: -1})
-    assert done.returncode == 0, done.stderr[-800:]
-    assert done.stderr.count("could not be saved") == 1 and "checkpoint-4" in done.stderr
+    assert done.status == 0, done.err[-800:]
+    assert done.err.count("could not be saved") == 1 and "checkpoint-4" in done.err
     assert [p.name for p in checkpoints.list_checkpoints("out")] == [
         "checkpoint-2",
         *(f"checkpoint-{i}" for i in (8, 10, 11)),
@@ -263,8 +243,8 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
 def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(go, calm, model_dir, data_dir):
     expected = calm(LONG)[0]
     done = starved(LONG, model_dir, data_dir, {5: 100})
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("run.py: error")
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("run.py: error")
     assert [p.name for p in checkpoints.list_checkpoints("out")] == ["checkpoint-2", "checkpoint-4"]
     assert not Path("out/.partial").exists() and checkpoints.newest_checkpoint("out").name == "checkpoint-4"
     go(LONG)
@@ -347,16 +327,11 @@ def test_an_evaluation_writes_nothing_into_a_runs_directory_and_is_never_refused
     assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
 
 
-def test_the_lock_dies_with_its_owner(go, model_dir, data_dir):
-    command = "import time; from training.checkpoints import lock_output_dir\nwith lock_output_dir('out'):\n"
-    command += " print('in', flush=True)\n time.sleep(60)"
-    owner = subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    owner.stdout.readline()
+def test_the_lock_dies_with_its_owner(go, tmp_path):
+    owner = processes.Child(processes.hold_lock, "out", folder=tmp_path)
+    processes.wait_for(Path("locked").exists)
     go(BOOST, status=2)
     owner.kill()
-    owner.wait()
     go(BOOST)
 
 
@@ -467,51 +442,25 @@ def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go
 
 def test_one_thread_and_two_agree_to_rounding(model_dir, data_dir, tmp_path):
     losses = []
-    for threads in ("1", "2", "2"):
-        command = [sys.executable, str(ROOT / "run.py"), "--model_name", str(model_dir), "--data_dir", str(data_dir)]
-        command += f"{BOOST} --num_train 16 --train_as_classification --result_file r.json --overwrite".split()
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    for threads in (1, 2, 2):
+        argv = f"--model_name {model_dir} --data_dir {data_dir} {BOOST} --num_train 16 --result_file r.json --overwrite"
+        argv += " --train_as_classification --disable_tqdm True"
+        assert processes.call(processes.train, argv.split(), folder=tmp_path, threads=threads).status == 0
         losses.append((json.loads((tmp_path / "r.json").read_text())["loss"], adapter_bytes(tmp_path / "out")))
     assert losses[1] == losses[2] and losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
 
 
-# ---- SIGKILL ----
+# ---- SIGKILL, and bytes that changed on the disk: short versions of tests/stress/crash.py and fuzz.py ----
 
 
-@pytest.mark.parametrize("mode", ["xgblora", "adaptive", "adamw", "full", "regular"])
-def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
-    """The short version of tests/stress/crash.py, in a process of its own because it forks."""
-    script = (
-        "import sys; from pathlib import Path; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/stress']; import crash\n"
-        "print(crash.torture(sys.argv[4:], Path(sys.argv[3]), 3, int(sys.argv[2])))"
-    )
+def test_three_kills_change_no_byte(model_dir, data_dir, tmp_path):
+    """Of a boosted run; tests/stress/test_processes.py has the other modes."""
     argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
     argv += " --eval_strategy steps --eval_steps 6 --train_as_classification --save_model --disable_tqdm True"
-    words = [*argv.split(), *crash_modes()[mode].split()]
-    command = [sys.executable, "-c", script, str(ROOT), "1", str(tmp_path), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert "'same': True" in done.stdout.splitlines()[-1]
+    done = processes.call(processes.kill_three_times, "xgblora", argv.split(), folder=tmp_path)
+    assert done.status == 0 and "'same': True" in done.out.splitlines()[-1], done.out + done.err[-1500:]
 
 
-def crash_modes() -> dict[str, str]:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("crash", ROOT / "tests" / "stress" / "crash.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MODES
-
-
-def test_mutated_bytes_are_refused_or_work():
-    """The short version of tests/stress/fuzz.py."""
-    script = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/stress']; import fuzz; from training import checkpoints\n"
-        "checkpoints.logger.disabled = True\n"
-        "counts, findings = fuzz.fuzz(1500, 7, progress=False)\n"
-        "print(sum(counts.values()), *findings)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "1500", done.stdout[-2000:] + done.stderr[-2000:]
+def test_mutated_bytes_are_refused_or_work(tmp_path):
+    done = processes.call(processes.feed_mutated_bytes, 500, folder=tmp_path)
+    assert done.status == 0 and done.out.strip() == "500", done.out[-2000:] + done.err[-2000:]
