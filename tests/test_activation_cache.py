@@ -78,7 +78,9 @@ def test_the_lower_layers_run_once_for_all_points(family):
         layer.register_forward_hook(lambda *a, i=i: calls.__setitem__(i, calls[i] + 1))
     batch = packing.pack(some_examples(4))
     hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
-    engine = ZerothOrder([{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, set_perturbations=lora.set_perturbations)
+    engine = ZerothOrder(
+        [{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, set_perturbations=lora.set_perturbations
+    )
     with activation_cache.skip_lower_layers(layers, first, hidden):
         engine.estimate(lambda **k: logprobs.loss(model, batch, True, **k), copies=2)
     assert calls == [1, 3]

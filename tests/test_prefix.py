@@ -104,7 +104,9 @@ def test_copies_see_perturbations_of_their_own(family, reparam):
 def test_a_zeroth_order_step_is_the_plain_one(family, copies):
     model, made = with_prefix(family)
     batch, start = packing.pack(some_examples()), made.embedding.detach().clone()
-    zo = ZerothOrder([{"params": list(made.parameters())}], 1e-2, 1e-1, 3, master=True, set_perturbations=made.set_perturbations)
+    zo = ZerothOrder(
+        [{"params": list(made.parameters())}], 1e-2, 1e-1, 3, master=True, set_perturbations=made.set_perturbations
+    )
     z = zo.directions.z(zo.blocks[0], 0).clone().view(start.shape)
     losses = []
     with torch.inference_mode():
