@@ -333,7 +333,7 @@ class OurTrainer(ResumableTrainer):
             last = self.end_round()
         if choose_boosters:
             boosters = choose_boosters()
-            lora.truncate(boosters)
+            lora.chain.truncate(boosters)
         if self.zeroth_order and self.method.replayable and collectives.is_main_process():
             best = self.best_checkpoint
             self.zo.trajectory.save(

@@ -1,12 +1,14 @@
-"""Adapters on the disk: a LoRA in PEFT's two files, and beside it the chain of boosters that it was folded from.
+"""Adapters on the disk: PEFT's two files, and beside them the chain of boosters that these were computed
+from.
 
-`adapter_config.json` and `adapter_model.safetensors` hold one LoRA a layer: all rounds side by side, scaling folded
-into B. `boosters.safetensors` holds the factors of each round as they were trained, fp32: going on costs no bits.
+`adapter_config.json` and `adapter_model.safetensors` hold one LoRA for each layer: the factors of all rounds
+side by side, the scaling multiplied into B. `boosters.safetensors` holds the factors of each round as they
+were trained, fp32, so that a run which goes on from them has the same bits.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,211 +17,344 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from boosters.chain import Booster, Round, concat_factors
-from boosters.targets import layer_number
+from boosters.targets import TargetLayers, layer_number, names_of_layers
 from utils import UsageError
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CHAIN = "boosters.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names in adapter_model.safetensors
-# In PEFT's configuration: what makes an adapter more than B A beside a layer, and starts that move the base weights.
+
+# Fields of PEFT's configuration that make an adapter more than B A beside a layer.
 UNSUPPORTED = (
-    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters",
+    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config",
 )  # fmt: skip
+# Values of its `init_lora_weights` that change the base weights before training.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-CONFIG, WEIGHTS, CHAIN = "adapter_config.json", "adapter_model.safetensors", "boosters.safetensors"
+
+Shapes = Mapping[str, tuple[int, int]]  # {module name: (in features, out features)}
 
 
 @dataclass
 class SavedAdapter:
-    """What a directory holds: the rounds, the last of them live (being trained); the step lengths of the others, which
-    their scalings include; and how many rounds there have been, rejected ones too."""
+    """What a directory holds.
+
+    Attributes:
+        rounds: of boosters; the last is the current one, which is being trained.
+        lengths: the step lengths of the others, which their scalings include.
+        round: how many rounds have ended, rejected ones too.
+    """
 
     rounds: list[Round]
     lengths: list[float] = field(default_factory=list)
     round: int = 0
 
+    def with_last_merged(self) -> "SavedAdapter":
+        """Return the state after a merge of the current round; a round with B = 0 is dropped."""
+        *merged, last = self.rounds
+        if not any(bool(booster.B.any()) for booster in last.values()):
+            return SavedAdapter([*merged, {}], self.lengths, self.round)
+        return SavedAdapter([*merged, last, {}], [*self.lengths, 1.0], self.round + 1)
 
-def has_chain(directory) -> bool:
-    """Whether a saved adapter holds the rounds that it was folded from."""
+
+@dataclass(frozen=True)
+class ChainMetadata:
+    """What `boosters.safetensors` says of its rounds.
+
+    Attributes:
+        ranks: of each round.
+        scalings: of each round.
+        lengths: the step length of each round but the last.
+        layers: the numbers of the decoder layers that each round adapts; None where each adapts all layers.
+        round: how many rounds have ended, rejected ones too.
+    """
+
+    ranks: list[int]
+    scalings: list[float]
+    lengths: list[float]
+    layers: list[list[int]] | None
+    round: int
+
+
+def has_chain(directory: str | Path) -> bool:
+    """Return whether a saved adapter holds the chain of boosters that it was computed from."""
     return (Path(directory) / CHAIN).exists()
 
 
-def save_adapter(
-    directory,
-    model,
-    modules: Sequence[str],
-    targets: Sequence[str],
-    fan_in_fan_out: bool,
-    saved: SavedAdapter,
-    chain: bool,
-) -> None:
-    """Write a PEFT adapter, with `chain` also the unfolded rounds; without, the one round is a LoRA with its alpha.
+# ---- writing ----
 
-    `modules`: names of all layers that rounds may adapt; `targets`: what PEFT shall look for to find them.
+
+def save_adapter(
+    directory: str | Path, saved: SavedAdapter, targets: TargetLayers, base_model: str, with_chain: bool
+) -> None:
+    """Write a PEFT adapter.
+
+    Args:
+        directory: is made where it does not exist.
+        saved: the rounds to write.
+        targets: the layers that rounds may adapt.
+        base_model: name or path of the pretrained model.
+        with_chain: write the factors of each round too. Without it there is one round, which becomes a LoRA
+            with its own alpha.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors, unfolded, ranks = {}, {}, {}
     names = list(dict.fromkeys(name for boosters in saved.rounds for name in boosters))
+    tensors = {}
+    ranks = {}
     for name in names:
-        A, B = concat_factors(saved.rounds, name, fold=chain)
+        A, B = concat_factors(saved.rounds, name, fold=with_chain)
         ranks[name] = len(A)
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B.contiguous()
-        if chain:
-            unfolded[f"{name}.A"], unfolded[f"{name}.B"] = concat_factors(saved.rounds, name, fold=False)
-    r = max(ranks.values())
-    # Where B holds the scaling, alpha is the rank, so that PEFT's own scaling is 1.
-    uneven = {name: rank for name, rank in ranks.items() if rank != r}
-    alpha = r if chain else saved.rounds[0][names[0]].scaling * r
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config.name_or_path,
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": list(targets) if len(names) == len(modules) else names,
-        "fan_in_fan_out": fan_in_fan_out,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        **({"rank_pattern": uneven, "alpha_pattern": uneven} if uneven else {}),
-    }
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    # Where B includes the scaling, alpha is the rank, so that PEFT's own scaling is 1.
+    alpha = max(ranks.values()) if with_chain else saved.rounds[0][names[0]].scaling * max(ranks.values())
+    config = lora_config(targets, ranks, alpha, base_model)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CHAIN).unlink(missing_ok=True)  # of an earlier run
-    if chain:
-        firsts = [next(iter(boosters.values())) for boosters in saved.rounds]
-        about = {
-            "ranks": [len(b.A) for b in firsts], "scalings": [b.scaling for b in firsts], "lengths": saved.lengths,
-            "round": saved.round,
-        }  # fmt: skip
-        if any(len(boosters) < len(modules) for boosters in saved.rounds):
-            about["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
-        # one entry: safetensors writes several in any order, and equal chains shall be equal bytes
-        save_file(unfolded, directory / CHAIN, metadata={"chain": json.dumps(about)})
+    if with_chain:
+        save_chain(directory / CHAIN, saved, names, len(targets.names))
 
 
-def remove_adapter(directory) -> None:
-    """Remove an adapter, and leave what else lies there."""
+def lora_config(targets: TargetLayers, ranks: Mapping[str, int], alpha: float, base_model: str) -> dict:
+    """Return PEFT's configuration of a LoRA.
+
+    Args:
+        targets: the layers that could be adapted.
+        ranks: {module name: rank} of those that are.
+        alpha: of the layers of the highest rank; the alpha of another layer is its rank.
+        base_model: name or path of the pretrained model.
+    """
+    r = max(ranks.values())
+    lower_ranks = {name: rank for name, rank in ranks.items() if rank != r}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(targets.peft_targets) if len(ranks) == len(targets.names) else list(ranks),
+        "fan_in_fan_out": targets.fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    if lower_ranks:
+        config |= {"rank_pattern": lower_ranks, "alpha_pattern": lower_ranks}
+    return config
+
+
+def save_chain(path: Path, saved: SavedAdapter, names: Sequence[str], num_targets: int) -> None:
+    """Write the factors of each round, fp32, and what is known of the rounds."""
+    tensors = {}
+    for name in names:
+        tensors[f"{name}.A"], tensors[f"{name}.B"] = concat_factors(saved.rounds, name, fold=False)
+    first_boosters = [next(iter(boosters.values())) for boosters in saved.rounds]
+    metadata = {
+        "ranks": [len(booster.A) for booster in first_boosters],
+        "scalings": [booster.scaling for booster in first_boosters],
+        "lengths": saved.lengths,
+        "round": saved.round,
+    }
+    if any(len(boosters) < num_targets for boosters in saved.rounds):
+        metadata["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
+    # One entry: safetensors writes several in any order, and equal chains shall be equal bytes.
+    save_file(tensors, path, metadata={"chain": json.dumps(metadata)})
+
+
+def remove_adapter(directory: str | Path) -> None:
+    """Remove the files of an adapter; other files of the directory stay."""
     for name in (CONFIG, WEIGHTS, CHAIN):
         (Path(directory) / name).unlink(missing_ok=True)
 
 
-def load_adapter(directory, shapes: dict[str, tuple[int, int]], chain: bool) -> SavedAdapter:
-    """What `save` or PEFT wrote, for layers of these (in, out) features; raises UsageError where it does not fit them.
+# ---- reading ----
 
-    With `chain`, the unfolded rounds where there are some; an adapter made by PEFT is one round, which is not live.
+
+def load_adapter(directory: str | Path, shapes: Shapes, with_chain: bool) -> SavedAdapter:
+    """Read what `save_adapter` or PEFT wrote.
+
+    Args:
+        directory: of the adapter.
+        shapes: of the layers that take it.
+        with_chain: read the factors of each round. An adapter without a chain, as PEFT writes it, is one
+            merged round.
+
+    Raises:
+        UsageError: the adapter is damaged, or not for these layers.
     """
     directory = Path(directory)
-    if not (chain and has_chain(directory)):
-        config = read_lora_config(directory)
-        r, alpha = config["r"], config["lora_alpha"]
-        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        tensors, _ = read_tensors(directory / WEIGHTS)
-        names = (f"{PREFIX}{{}}.lora_A.weight", f"{PREFIX}{{}}.lora_B.weight")
-        factors = check_tensors(tensors, *names, dict.fromkeys(shapes, r), shapes, directory)
-        one = {name: Booster(A, B, scaling) for name, (A, B) in factors.items()}
-        return SavedAdapter([one, {}], [1.0], 1) if chain else SavedAdapter([one])
-    tensors, metadata = read_tensors(directory / CHAIN)
-    about = parse_chain_metadata(metadata, directory / CHAIN)
-    layers = about.get("layers") or [None] * len(about["ranks"])
-    active = [[n for n in shapes if own is None or layer_number(n) in own] for own in layers]
-    totals = dict.fromkeys(shapes, 0)
-    for names, rank in zip(active, about["ranks"], strict=True):
+    if with_chain and has_chain(directory):
+        return load_chain(directory, shapes)
+    config = read_lora_config(directory)
+    r = config["r"]
+    scaling = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)
+    tensors, _ = read_tensors(directory / WEIGHTS)
+    names = (f"{PREFIX}{{}}.lora_A.weight", f"{PREFIX}{{}}.lora_B.weight")
+    factors = check_tensors(tensors, *names, dict.fromkeys(shapes, r), shapes, directory)
+    boosters = {name: Booster(A, B, scaling) for name, (A, B) in factors.items()}
+    return SavedAdapter([boosters, {}], [1.0], 1) if with_chain else SavedAdapter([boosters])
+
+
+def load_chain(directory: Path, shapes: Shapes) -> SavedAdapter:
+    """Read the factors of each round; raises UsageError where they are damaged or not for these layers."""
+    tensors, file_metadata = read_tensors(directory / CHAIN)
+    metadata = parse_chain_metadata(file_metadata, directory / CHAIN)
+    names_by_round = [list(shapes)] * len(metadata.ranks)
+    if metadata.layers:
+        names_by_round = [names_of_layers(shapes, numbers) for numbers in metadata.layers]
+    total_ranks = dict.fromkeys(shapes, 0)
+    for names, rank in zip(names_by_round, metadata.ranks, strict=True):
         for name in names:
-            totals[name] += rank
-    totals = {name: total for name, total in totals.items() if total}
-    factors = check_tensors(tensors, "{}.A", "{}.B", totals, shapes, directory)
-    rounds, used = [], dict.fromkeys(shapes, 0)
-    for names, rank, scaling in zip(active, about["ranks"], about["scalings"], strict=True):
-        rounds.append({})
+            total_ranks[name] += rank
+    total_ranks = {name: rank for name, rank in total_ranks.items() if rank}
+    factors = check_tensors(tensors, "{}.A", "{}.B", total_ranks, shapes, directory)
+    rounds = []
+    used_ranks = dict.fromkeys(shapes, 0)
+    for names, rank, scaling in zip(names_by_round, metadata.ranks, metadata.scalings, strict=True):
+        boosters = {}
         for name in names:
-            (A, B), start = factors[name], used[name]
-            used[name] = end = start + rank
-            rounds[-1][name] = Booster(A[start:end].clone(), B[:, start:end].clone(), scaling)
-    merged = len(rounds) - 1
-    return SavedAdapter(rounds, about.get("lengths", [1.0] * merged), about.get("round", merged))
+            A, B = factors[name]
+            start = used_ranks[name]
+            end = start + rank
+            boosters[name] = Booster(A[start:end].clone(), B[:, start:end].clone(), scaling)
+            used_ranks[name] = end
+        rounds.append(boosters)
+    return SavedAdapter(rounds, metadata.lengths, metadata.round)
 
 
-def parse_chain_metadata(metadata: dict[str, str], path: Path) -> dict:
-    """What a chain says of its rounds; raises UsageError where that makes no sense."""
-
-    def numbers(values, n=None, kind=(int, float)) -> bool:
-        fit = isinstance(values, list) and (n is None or len(values) == n)
-        return fit and all(type(v) in kind and math.isfinite(v) for v in values)
-
+def parse_chain_metadata(file_metadata: Mapping[str, str], path: Path) -> ChainMetadata:
+    """Read what a chain says of its rounds; raises UsageError where that makes no sense."""
     try:
-        about = json.loads(metadata["chain"])
-        ranks, n = about["ranks"], len(about["ranks"])
-        whole = n and numbers(ranks, kind=(int,)) and min(ranks) > 0 and numbers(about["scalings"], n)
-        whole = whole and numbers(about.get("lengths", [1.0] * (n - 1)), n - 1)
-        layers = about.get("layers", [[0]] * n)
-        whole = whole and len(layers) == n and all(numbers(own, kind=(int,)) and own for own in layers)
-        whole = whole and type(about.get("round", 0)) is int and about.get("round", 0) >= 0
+        fields = json.loads(file_metadata["chain"])
+        num_rounds = len(fields["ranks"])
+        metadata = ChainMetadata(
+            ranks=fields["ranks"],
+            scalings=fields["scalings"],
+            lengths=fields.get("lengths", [1.0] * (num_rounds - 1)),
+            layers=fields.get("layers"),
+            round=fields.get("round", num_rounds - 1),
+        )
+        valid = _is_valid(metadata, num_rounds) and ("layers" not in fields or metadata.layers is not None)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise UsageError(f"{path}: its account of the rounds is damaged")
-    return about
+    return metadata
 
 
-def check_tensors(tensors, name_a: str, name_b: str, ranks, shapes, directory) -> dict[str, tuple[Tensor, Tensor]]:
-    """{module name: (A [rank, in], B [out, rank])}, every key and shape checked."""
+def _is_valid(metadata: ChainMetadata, num_rounds: int) -> bool:
+    """Return whether the values have the types and lengths that they should have."""
+
+    def are_numbers(values, count: int | None = None, types=(int, float)) -> bool:
+        if not isinstance(values, list) or count not in (None, len(values)):
+            return False
+        return all(type(value) in types and math.isfinite(value) for value in values)
+
+    if not (num_rounds and are_numbers(metadata.ranks, types=(int,)) and min(metadata.ranks) > 0):
+        return False
+    if not (are_numbers(metadata.scalings, num_rounds) and are_numbers(metadata.lengths, num_rounds - 1)):
+        return False
+    if metadata.layers is not None:
+        valid = [bool(numbers) and are_numbers(numbers, types=(int,)) for numbers in metadata.layers]
+        if len(valid) != num_rounds or not all(valid):
+            return False
+    return type(metadata.round) is int and metadata.round >= 0
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    name_a: str,
+    name_b: str,
+    ranks: Mapping[str, int],
+    shapes: Shapes,
+    directory: Path,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Check that a file holds the factors of these layers and nothing else, in the right shapes and finite.
+
+    Args:
+        tensors: of the file.
+        name_a: format of the name that A of a layer has in the file.
+        name_b: the same of B.
+        ranks: {module name: rank}.
+        shapes: of the layers.
+        directory: of the file, for the error.
+
+    Returns:
+        {module name: (A [rank, in], B [out, rank])}, fp32.
+
+    Raises:
+        UsageError: names the first tensor that is wrong.
+    """
     expected = {}
     for name, rank in ranks.items():
-        features_in, features_out = shapes[name]
-        expected[name_a.format(name)] = (rank, features_in)
-        expected[name_b.format(name)] = (features_out, rank)
+        in_features, out_features = shapes[name]
+        expected[name_a.format(name)] = (rank, in_features)
+        expected[name_b.format(name)] = (out_features, rank)
     for key in sorted(expected.keys() ^ tensors.keys()):
+        problem = "no" if key in expected else "unexpected"
         raise UsageError(
-            f"{directory}: {'no' if key in expected else 'unexpected'} tensor {key}; was the adapter made for this "
-            "base model and these target layers?"
+            f"{directory}: {problem} tensor {key}; "
+            "was the adapter made for this base model and these target layers?"
         )
     for key, shape in expected.items():
-        if tuple(tensors[key].shape) != shape:
-            raise UsageError(f"{directory}: {key} is {list(tensors[key].shape)}, but this model wants {list(shape)}")
-        if not bool(tensors[key].isfinite().all()):
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
+            actual = list(tensor.shape)
+            raise UsageError(f"{directory}: {key} is {actual}, but this model wants {list(shape)}")
+        if not bool(tensor.isfinite().all()):
             raise UsageError(f"{directory}: {key} holds NaN or infinity")
     return {n: (tensors[name_a.format(n)].float(), tensors[name_b.format(n)].float()) for n in ranks}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; raises UsageError where there is none or it is damaged."""
+    """Return (tensors, metadata) of a safetensors file; raises UsageError for a missing or damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-        return load_file(path), about
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: {error}") from error
 
 
-def read_adapter_config(directory) -> dict:
-    """The `adapter_config.json` of a PEFT adapter, with its `peft_type`; raises UsageError where there is none."""
+def read_adapter_config(directory: str | Path) -> dict:
+    """Return the `adapter_config.json` of any PEFT adapter; raises UsageError where there is none."""
     path = Path(directory) / CONFIG
     try:
         config = json.loads(path.read_text())
         _ = config["peft_type"]
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; --adapter takes a directory with a PEFT adapter") from error
+        advice = "--adapter takes a directory with a PEFT adapter"
+        raise UsageError(f"{path}: {error.strerror}; {advice}") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not the configuration of an adapter ({error!r})") from error
     return config
 
 
-def read_lora_config(directory) -> dict:
-    """The `adapter_config.json` of a PEFT LoRA adapter; raises UsageError for what we can't apply as it was meant."""
-    path, config = Path(directory) / CONFIG, read_adapter_config(directory)
+def read_lora_config(directory: str | Path) -> dict:
+    """Return the `adapter_config.json` of a LoRA; raises UsageError for more than plain LoRA."""
+    path = Path(directory) / CONFIG
+    config = read_adapter_config(directory)
     try:
-        kind, _, _, targets = config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]
+        peft_type = config["peft_type"]
+        r = config["r"]
+        alpha = config["lora_alpha"]
+        targets = config["target_modules"]
     except KeyError as error:
         raise UsageError(f"{path}: not the configuration of a LoRA adapter ({error!r})") from error
-    numbers = [config["r"], config["lora_alpha"]]
-    if not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers) or type(config["r"]) is not int:
-        raise UsageError(f"{path}: r {numbers[0]!r} and lora_alpha {numbers[1]!r} are no rank and alpha")
-    odd = [name for name in UNSUPPORTED if config.get(name)]
+    if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < math.inf):
+        raise UsageError(f"{path}: r {r!r} and lora_alpha {alpha!r} are no rank and alpha")
+    unsupported = [name for name in UNSUPPORTED if config.get(name)]
     if not has_chain(directory):  # a chain knows the rank of each of its rounds
-        odd += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
-    odd += ["bias"] if config.get("bias", "none") != "none" else []
-    odd += ["init_lora_weights"] if str(config.get("init_lora_weights")).startswith(BASE_CHANGING_INITS) else []
-    if kind != "LORA" or odd or not isinstance(targets, list):
-        raise UsageError(f"{path}: only plain LoRA is supported, not {', '.join(odd) or f'{kind} on {targets}'}")
+        unsupported += [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if str(config.get("init_lora_weights")).startswith(BASE_CHANGING_INITS):
+        unsupported.append("init_lora_weights")
+    if peft_type != "LORA" or unsupported or not isinstance(targets, list):
+        reason = ", ".join(unsupported) or f"{peft_type} on {targets}"
+        raise UsageError(f"{path}: only plain LoRA is supported, not {reason}")
     return config

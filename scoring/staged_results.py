@@ -25,7 +25,7 @@ def evaluate_prefixes(
     Returns:
         [{"boosters": number of boosters, metric: value, …}, …].
     """
-    bar = tqdm(lora.staged(every), desc="staged", disable=not progress)
+    bar = tqdm(lora.chain.staged(every), desc="staged", disable=not progress)
     return [{"boosters": k, **evaluate()} for k in bar]
 
 

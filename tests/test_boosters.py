@@ -112,7 +112,7 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
         module, start = lora.modules[name], pretrained[f"{name}.weight"]
         if c["ensemble"]:
             assert torch.equal(module.weight.double(), start)
-            assert torch.allclose(lora.merged_fp32(name).double(), start + delta, atol=1e-5)
+            assert torch.allclose(lora.chain.merged_fp32(name).double(), start + delta, atol=1e-5)
         else:
             error = (module.weight.double() - start - delta).abs()
             assert (error <= half_a_unit(start + delta, c["dtype"], 4 * kept)).all()
@@ -240,7 +240,7 @@ def test_an_ensemble_is_the_same_function_as_the_merged_form(family):
     for one in (a, b):
         train_a_bit(one, 8)
     assert torch.allclose(logits(ensemble), logits(merged), atol=2e-5)
-    assert not b.base and not b.sum  # no copy of the weights on the host
+    assert not b.chain.pretrained and not b.chain.delta_sum  # no copy of the weights on the host
 
 
 def test_an_ensemble_in_bf16_is_nearer_to_the_exact_weights():
@@ -250,7 +250,7 @@ def test_an_ensemble_in_bf16_is_nearer_to_the_exact_weights():
     deltas = dense(one)
     for form in (False, True):
         _, lora = boosted("llama", 3, torch.bfloat16, ensemble=form)
-        shown = {n: (lora.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
+        shown = {n: (lora.chain.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
         errors[form] = sum(
             (shown[n] - start.state_dict()[f"{n}.weight"].double() - deltas[n]).square().sum() for n in shown
         )
@@ -299,7 +299,7 @@ def test_layers_that_are_not_there_are_refused(layers):
 def test_stages_are_the_chains_beginnings_and_leave_the_whole(family):
     model, lora = boosted(family, 5, torch.bfloat16, seed=2)
     whole, found = logits(model), {}
-    for k in lora.staged(2):
+    for k in lora.chain.staged(2):
         found[k] = logits(model)
     assert sorted(found) == [0, 2, 4, 5] and torch.equal(logits(model), whole) and torch.equal(found[5], whole)
     assert torch.equal(found[0], logits(tiny_model(family, dtype=torch.bfloat16)))
@@ -308,7 +308,7 @@ def test_stages_are_the_chains_beginnings_and_leave_the_whole(family):
 
 def test_a_truncated_chain_goes_on_from_there():
     model, lora = boosted("llama", 5)
-    lora.truncate(2)
+    lora.chain.truncate(2)
     assert len(lora.boosters) == len(lora.lengths) == 2 and lora.round == 5
     assert torch.equal(logits(model), logits(boosted("llama", 2)[0]))
 

@@ -181,7 +181,7 @@ def test_a_booster_that_only_hurts_is_rejected_and_the_next_draws_another_a(fram
     made = framework(ADAPT, rows=28, dev=4)
     assert made.lora_module.boosters == [] and made.lora_module.round == 2
     assert "rejected the booster of round 2 at step 8" in caplog.text
-    pretrained = made.lora_module.base
+    pretrained = made.lora_module.chain.pretrained
     assert all(torch.equal(m.weight, pretrained[n]) for n, m in made.lora_module.modules.items())
     third = {n: m.lora_A.clone() for n, m in made.lora_module.modules.items()}
     made.lora_module.round = 0

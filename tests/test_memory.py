@@ -75,7 +75,7 @@ def test_an_adapter_counts_what_it_holds():
 
     model = tiny_model("llama")
     lora = LoRA(model, 1, 16, xgblora=True)
-    held = [*lora.parameters(), *lora.base.values(), *lora.sum.values()]
+    held = [*lora.parameters(), *lora.chain.pretrained.values(), *lora.chain.delta_sum.values()]
     assert estimated("--trainer zo --xgblora", model.config).adapter == sum(t.nbytes for t in held)
     ensemble = estimated("--trainer zo --xgblora --xgblora_ensemble", model.config).adapter
     assert ensemble == sum(p.nbytes for p in lora.parameters())

@@ -32,4 +32,4 @@ def replay(
     if lora and lora.xgblora and lora.is_trained():  # the round that had not ended
         merge_round(lora, optimizer, last_step, about["last"] if steps is None else 1.0)
     if steps is None and about["boosters"] is not None:
-        lora.truncate(about["boosters"])
+        lora.chain.truncate(about["boosters"])
