@@ -296,10 +296,8 @@ def check_tensors(
         expected[name_b.format(name)] = (out_features, rank)
     for key in sorted(expected.keys() ^ tensors.keys()):
         problem = "no" if key in expected else "unexpected"
-        raise UsageError(
-            f"{directory}: {problem} tensor {key}; "
-            "was the adapter made for this base model and these target layers?"
-        )
+        question = "was the adapter made for this base model and these target layers?"
+        raise UsageError(f"{directory}: {problem} tensor {key}; {question}")
     for key, shape in expected.items():
         tensor = tensors[key]
         if tuple(tensor.shape) != shape:

@@ -78,9 +78,9 @@ def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
         plainly(model, text, made.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5
     )
     examples = [Example([text], [4])]
-    logprobs = expected.log_softmax(-1)
-    whole = sum(float(logprobs[p - 1, text[p]]) for p in range(16, 20))
-    assert logprobs.score(model, examples)[0][0] == pytest.approx(whole, abs=1e-4)
+    token_logprobs = expected.log_softmax(-1)
+    total = sum(float(token_logprobs[p - 1, text[p]]) for p in range(16, 20))
+    assert logprobs.score(model, examples)[0][0] == pytest.approx(total, abs=1e-4)
 
 
 @pytest.mark.parametrize("reparam", [False, True])
