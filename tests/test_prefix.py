@@ -64,7 +64,7 @@ def test_scores_equal_the_plain_computation(family, reparam, beginning):
     without = logprobs.score(tiny_model(family), examples)
     assert not close(without, expected, 1e-2)
     assert packing.shared_prefix_len(examples) == beginning
-    for settings in ({}, {"plain": True}, {"budget": 40}):
+    for settings in ({}, {"plain_rows": True}, {"budget": 40}):
         assert close(logprobs.score(model, examples, **settings), expected), settings
 
 
