@@ -149,7 +149,7 @@ class Framework:
     # ---- evaluation ----
 
     def eval_batch(self, samples, demonstrations=()) -> EvalBatch:
-        """Return what an evaluation on these samples needs."""
+        """Return the batch of an evaluation on these samples."""
         batch = self.prompts.eval_batch(samples, demonstrations)
         self.evaluated += batch.examples
         return batch
@@ -163,7 +163,7 @@ class Framework:
         return self.loaded_evaluator().evaluate(batch, progress)
 
     def loaded_evaluator(self) -> Evaluator:
-        """Load the model, if it is not loaded yet, and return what evaluates it."""
+        """Load the model, if it is not loaded yet, and return its evaluator."""
         _ = self.model
         return self.evaluator
 

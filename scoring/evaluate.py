@@ -23,15 +23,15 @@ logger = logging.getLogger("run")
 class Evaluator:
     """Scores, predicts and measures a model on the examples of a task, the work divided among the ranks.
 
-    The model is set by `attach`, when it has been loaded.
+    `attach` sets the model, when the model has been loaded.
 
     Args:
         task: an object of `tasks.get_task`.
-        prompts: what turned samples into examples.
+        prompts: turns samples of the task into examples.
         generation: how answers are generated, for a task of that kind.
         seed: of generated samples.
         progress: whether to draw a progress bar.
-        verbose: log the first prompt of a batch and what was predicted for it.
+        verbose: log the first prompt of a batch and its prediction.
 
     Attributes:
         model: the model in evaluation mode; None before `attach`.
@@ -72,8 +72,8 @@ class Evaluator:
     def score(self, batch: EvalBatch, progress: bool = True) -> list[list[float]]:
         """Return the score of every candidate of each example.
 
-        That is the mean log-probability of its tokens; with calibration prompts the sum minus that behind the
-        calibration prompt; with a linear probe the log-probability that the probe gives.
+        A score is the mean log-probability of the candidate's tokens. With calibration prompts a score is the
+        sum minus the sum behind the calibration prompt; with a linear probe, the probe's log-probability.
         """
         progress = progress and self.progress
         if self.probe:
@@ -92,10 +92,12 @@ class Evaluator:
         ]
 
     def predict(self, batch: EvalBatch, progress: bool = True) -> list[dict]:
-        """Return a dict for each example: its `id`, and by the kind of task
+        """Return a dict for each example: the sample's `id`, and the entries of the task's kind.
 
-        options: `candidates`, `scores`, `prediction`, `gold`, `loss` (the cross-entropy of the right option);
-        generated answers: `prediction`, `gold`; texts: `logprob`, `tokens`.
+        Returns:
+            Options: `candidates`, `scores`, `prediction`, `gold`, `loss` (cross-entropy of the right option).
+            Generated answers: `prediction`, `gold`.
+            Texts: `logprob` (of all tokens to be learned), `tokens` (their number).
         """
         predict_kind = {
             OPTIONS: self._predict_options,
@@ -194,7 +196,7 @@ def score_over_ranks(
     progress: bool = False,
     read: Callable | None = None,
 ) -> list[list]:
-    """Return what `logprobs.score` does, the examples divided among the ranks."""
+    """Return the result of `logprobs.score`, the examples divided among the ranks."""
 
     def score(indices: Sequence[int]) -> list[list]:
         part = [examples[i] for i in indices]

@@ -1,6 +1,6 @@
 """Generate answers, for tasks without options: batched, left-padded, through `model.generate`.
 
-What all prompts begin with (shared demonstrations) goes through the model once, into a key-value cache.
+The common beginning of all prompts (shared demonstrations) goes through the model once, into a cache.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class BufferLayer(DynamicLayer):
 
     Args:
         capacity: tokens that the buffer holds.
-        shared: keys and values [1, heads, tokens, D] of what all rows begin with, which are kept once.
+        shared: keys and values [1, heads, tokens, D] of the common beginning of all rows, stored once.
     """
 
     def __init__(self, capacity: int, shared: tuple[Tensor, Tensor] | None = None):
@@ -116,7 +116,7 @@ def generate(
     Args:
         prompts: token ids of each prompt.
         budget: bytes of keys and values that a batch may hold.
-        cached: use a cache of our own, where what all prompts begin with stands once; not with beams.
+        cached: store the common beginning of all prompts once, in a cache of our own; not with beams.
         seed: of the samples.
         sampling: goes to `model.generate`; greedy without.
     """
@@ -199,13 +199,13 @@ def _tokens_within(budget: int, model: nn.Module, cache: Cache) -> int:
 
 
 def _buffer_cache(cache: Cache, capacity: int, is_shared: bool) -> Cache:
-    """Return a cache with room for so many tokens a row, behind what `cache` holds where that is shared."""
+    """Return a cache with room for `capacity` tokens a row, behind those of `cache` where they are shared."""
     shared = [(layer.keys, layer.values) if is_shared else None for layer in cache.layers]
     return Cache(layers=[BufferLayer(capacity, keys_and_values) for keys_and_values in shared])
 
 
 def _pad_prompts(prompts: Sequence[list[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [R, N] int64 of prompts: what they share, filling, the rest of each prompt."""
+    """Return ids and mask [R, N] int64 of prompts: the shared tokens, filling, the rest of each prompt."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)

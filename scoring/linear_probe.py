@@ -1,6 +1,7 @@
 """Linear probing: logistic regression on the last hidden state of each prompt, the model as it is.
 
-It measures what a model knows of a task before any weight is tuned. All rows must have the same options.
+The accuracy shows how much a model knows of a task before any weight is tuned. All rows must have the same
+options.
 """
 
 import warnings
@@ -72,7 +73,7 @@ class LinearProbe:
 def prompt_states(
     model: nn.Module, examples: Sequence[Example], plain_rows: bool = False, progress: bool = False
 ) -> np.ndarray:
-    """Return what comes to the head at the last token of each prompt, [E, D] fp32."""
+    """Return the input of the head at the last token of each prompt, [E, D] fp32."""
     prompts = [Example([[*_prompt(x), 0]], [1]) for x in examples]
     states = evaluate.score_over_ranks(
         model, prompts, plain_rows=plain_rows, progress=progress, read=logprobs.option_hidden_states
@@ -87,5 +88,5 @@ def _prompt(example: Example) -> list[int]:
     prompts = {tuple(ids[: len(ids) - n]) for ids, n in encodings_and_lens}
     if len(prompts) == 1:
         return list(prompts.pop())
-    # a tokenizer that merges across the seam: what all options share
+    # a tokenizer that merges across the seam: the common beginning of all options
     return first[: min(common_prefix_len(first, ids) for ids in example.encodings[1:])]

@@ -1,9 +1,9 @@
 """Log-probabilities of options under a model: the one path that training losses and evaluation both take.
 
 A packed batch (`packing.py`) goes through the model in one forward, and only the logits that are read are
-computed. What all examples begin with (shared demonstrations) goes in first, into a key-value cache. A score
-equals the plain computation, one row for each candidate, to float rounding; `supports_packed_rows` finds out
-whether a model can do this.
+computed. The common beginning of all examples (shared demonstrations) goes in first, into a key-value cache.
+A score equals the plain computation, one row for each candidate, to float rounding; `supports_packed_rows`
+finds out whether a model can do this.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,9 +52,9 @@ def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
 
 @torch.inference_mode()
 def encode_shared_prefix(model: nn.Module, ids: list[int]) -> Cache:
-    """Return the keys and values of what all rows begin with, for any number of rows.
+    """Return the keys and values of the common beginning of all rows, for any number of rows.
 
-    That is the trained prefix, where the model has one, and these tokens, which one forward encodes.
+    The beginning is the trained prefix, where the model has one, and the tokens `ids` behind the prefix.
     """
     prefix = trained_prefix(model)
     if not ids:
@@ -81,8 +81,8 @@ def token_logprobs(
 
     Args:
         batch: see `packing.to_tensors`.
-        cache: what all rows begin with, see `encode_shared_prefix`. Positions count from behind a trained
-            prefix.
+        cache: the common beginning of all rows, see `encode_shared_prefix`. Positions count from behind a
+            trained prefix.
         copies: the rows go in so many times, one behind the other, for a model that perturbs each copy by
             itself.
 
@@ -134,7 +134,7 @@ def option_logprobs(
 
 
 def option_hidden_states(model: nn.Module, batch: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
-    """Return what comes to the head where it predicts each option of one token, [1, O, D] fp32."""
+    """Return the input of the head where the head predicts each option, of one token, [1, O, D] fp32."""
     inputs_of_head: list[Tensor] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: inputs_of_head.append(args[0]))

@@ -1,4 +1,4 @@
-"""Metrics of predictions: accuracy, exact match and F1, and what a shift of label bias alone could reach."""
+"""Metrics of predictions: accuracy, exact match, F1, and the best accuracy of a shift of the label bias."""
 
 import math
 import re
@@ -113,7 +113,7 @@ METRICS_BY_KIND = {OPTIONS: options_metrics, GENERATION: answers_metrics, TEXT: 
 def best_threshold_accuracy(margins: Sequence[float], golds: Sequence[int]) -> float:
     """Return the best accuracy that any threshold on `margins` reaches, for two classes.
 
-    The threshold is chosen on the examples that it is judged on: a bound on what moving the label bias gives.
+    The threshold is chosen on the examples that it is judged on: an upper bound for moving the label bias.
 
     Args:
         margins: score of class 1 minus score of class 0; class 1 is predicted above the threshold.

@@ -7,7 +7,7 @@ the attention mask: a token sees the tokens above it in its tree. Positions coun
 are computed only at the places that are read (`logprobs.py`).
 
 `plain_rows=True` everywhere means the plain layout: one right-padded row for each candidate, nothing shared.
-It is the reference of the tests, and what a model gets that can't take packed rows.
+The tests compare with plain rows, and a model that can't take packed rows gets them.
 """
 
 import heapq
@@ -22,7 +22,7 @@ from torch import Tensor
 # A row of this many tokens spends as long in attention as in matrix products (measured, 135M weights, CPU).
 ATTENTION_LENGTH = 1000
 MAX_TOKENS = 2048  # of one forward in evaluation: more are not faster, and take more memory
-MAX_READS = 256  # places where one forward in evaluation computes logits, which is what its memory goes to
+MAX_READS = 256  # places where one forward in evaluation computes logits, which take most of its memory
 MIN_SHARED_TOKENS = 16  # tokens that all examples must begin with to be worth a cache
 
 
@@ -108,7 +108,7 @@ def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def row_cost(length: float) -> float:
-    """Return what a row of this many tokens costs, in tokens: attention grows with the square."""
+    """Return the cost of a row of this many tokens, in tokens: attention grows with the square."""
     return length * (1 + length / ATTENTION_LENGTH)
 
 

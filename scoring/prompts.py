@@ -127,7 +127,7 @@ class Prompts:
         return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
 
     def eval_batch(self, samples, demonstrations=()) -> EvalBatch:
-        """Return what an evaluation on these samples needs; demonstrations as of `examples`."""
+        """Return the batch of an evaluation on these samples; demonstrations as of `examples`."""
         prior = None
         if self.sfc or self.icl_sfc:
             prior = self.examples(samples, demonstrations, sfc=self.sfc, icl_sfc=self.icl_sfc)

@@ -43,10 +43,11 @@ def write_own(folder, rows, validation=None):
     return folder
 
 
-REVIEWS = [{"review": f"{'fine' if i % 2 else 'poor'} {i}", "label": ["neg", "pos"][i % 2]} for i in range(12)]
+WORDS, LABELS = ["poor", "fine"], ["neg", "pos"]
+REVIEWS = [{"review": f"{WORDS[i % 2]} {i}", "label": LABELS[i % 2]} for i in range(12)]
 LABEL_WORDS = '{"neg":"terrible","pos":"great"}'
 CLASSES = ("--template", "{review} It was", "--label_words", LABEL_WORDS, "--label_column", "label")
-QUESTIONS = [{"q": f"{i}+1?", "options": [str(i + 1), "no", "ten"], "right": 0, "a": str(i + 1)} for i in range(12)]
+QUESTIONS = [{"q": f"{i}+1?", "options": [str(i + 1), "no"], "right": 0, "a": str(i + 1)} for i in range(12)]
 CHOICES = ("--template", "{q} Answer:", "--candidates_column", "options", "--answer_index_column", "right")
 ANSWERS = ("--template", "{q} Answer:", "--answer_column", "a")
 TEXTS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)]
@@ -55,8 +56,8 @@ CHAT = [
     {"messages": [{"role": role, "content": f"{i}{sign}"} for role, sign in zip(ROLES, "+-*/", strict=True)]}
     for i in range(12)
 ]
-ZO = "--trainer zo --lora --max_steps 3 --num_train 8 --num_dev 4 --eval_strategy steps --eval_steps 1 --save_steps 1 "
-ZO += "--load_best_model_at_end --save_model"
+ZO = "--trainer zo --lora --max_steps 3 --num_train 8 --num_dev 4 --eval_strategy steps --eval_steps 1 "
+ZO += "--save_steps 1 --load_best_model_at_end --save_model"
 KINDS = {
     "classes": (REVIEWS, CLASSES, "accuracy"),
     "choices": (QUESTIONS, CHOICES, "accuracy"),
@@ -84,9 +85,11 @@ def test_own_data_of_every_kind_trains_and_evaluates(go, tmp_path, chat_model, k
     rows, flags, metric = KINDS[kind]
     data = write_own(tmp_path / "mine", rows)
     result = go(f"--task_name own {ZO} --predictions p.jsonl", *flags, model=chat_model, data=data)
-    assert result["args"]["metric_for_best_model"] == metric and metric in result and f"dev_{metric}" in result
+    assert result["args"]["metric_for_best_model"] == metric
+    assert metric in result and f"dev_{metric}" in result
     assert len(lines("p.jsonl")) == 12
-    assert (tmp_path / "result" / "own-mine-chat-lora-zo-seed42-trainset42" / "adapter_model.safetensors").exists()
+    output_dir = tmp_path / "result" / "own-mine-chat-lora-zo-seed42-trainset42"
+    assert (output_dir / "adapter_model.safetensors").exists()
 
 
 def test_predictions_hold_scores_prediction_and_gold(go, tmp_path):
@@ -128,7 +131,8 @@ def test_an_objective_is_measured_on_the_rows_of_a_batch(data_dir):
         loss = evaluator.objective_loss(find_metric("accuracy"), batch, None, {"row": torch.tensor(rows)})
         part = batch.select(rows)
         assert len(part.samples) == len(part.examples) == len(part.prior) == len(rows)
-        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-evaluator.evaluate(part)["accuracy"])
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(-evaluator.evaluate(part)["accuracy"])
         accuracies.append(-loss.item())
     assert len(set(accuracies)) > 1
 
@@ -149,10 +153,9 @@ def test_a_text_s_loss_is_the_mean_over_its_tokens(go, tmp_path, model_dir):
 @pytest.mark.parametrize("rows", [TEXTS, CHAT], ids=["texts", "chat"])
 def test_the_loss_that_is_trained_is_the_one_that_is_evaluated(go, tmp_path, chat_model, rows):
     data = write_own(tmp_path / "mine", rows, rows)
-    flags = "--trainer zo --lora --max_steps 1 --num_train 12 --per_device_train_batch_size 12 --learning_rate 0"
-    result = go(
-        f"--task_name own {flags} --zo_eps 1e-5 --logging_steps 1 --output_dir out", model=chat_model, data=data
-    )
+    flags = "--trainer zo --lora --max_steps 1 --num_train 12 --per_device_train_batch_size 12"
+    flags += " --learning_rate 0 --zo_eps 1e-5 --logging_steps 1 --output_dir out"
+    result = go(f"--task_name own {flags}", model=chat_model, data=data)
     state = json.loads(Path("out/checkpoint-1/trainer_state.json").read_text())
     assert state["log_history"][0]["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
@@ -191,7 +194,8 @@ def test_calibration_with_demonstrations_subtracts_the_score_behind_them(go, tmp
             [a * n - b for a, b, n in zip(x, y, lens, strict=True)]
             for x, y in zip(scores[""], scores[name], strict=True)
         ]
-        assert torch.allclose(torch.tensor(differences), torch.tensor(differences[:1]), atol=1e-3)  # one prior for all
+        # all examples have the same calibration prompt
+        assert torch.allclose(torch.tensor(differences), torch.tensor(differences[:1]), atol=1e-3)
     assert scores["--sfc"] != scores["--icl_sfc"]
 
 
@@ -211,9 +215,8 @@ def test_verbose_shows_the_prompt_and_the_scores(go, caplog, tmp_path):
 
 
 def test_several_sets_have_results_of_their_own_and_a_deviation(go, tmp_path):
-    result = go(
-        f"--task_name SST2 {ZO} --num_train_sets 3 --train_set_seed 1 --predictions p.jsonl --learning_rate 0.1"
-    )
+    flags = f"{ZO} --num_train_sets 3 --train_set_seed 1 --learning_rate 0.1"
+    result = go(f"--task_name SST2 {flags} --predictions p.jsonl")
     set_results = [json.loads((tmp_path / f"r-trainset{k}.json").read_text()) for k in (1, 2, 3)]
     assert [set_result["sets"] for set_result in set_results] == [[s] for s in result["sets"]]
     losses = [set_result["loss"] for set_result in set_results]
@@ -261,7 +264,10 @@ TASK_FLAGS = {
     "--task_name SST2 --eos_token=": ("--eos_token",),
     "--task_name SST2 --seed 4294967296": ("--seed", "2**32"),
     "--task_name SST2 --trainer zo --lora --zo_method lozo": ("--zo_method lozo", "adapters"),
-    "--task_name SST2 --trainer zo --lora --zo_check --zo_eps 1e-12 --max_steps 1": ("--zo_check", "larger eps"),
+    "--task_name SST2 --trainer zo --lora --zo_check --zo_eps 1e-12 --max_steps 1": (
+        "--zo_check",
+        "larger eps",
+    ),
 }
 
 

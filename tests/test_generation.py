@@ -17,7 +17,8 @@ def test_answers_equal_those_of_one_prompt_at_a_time(family, beginning):
         prompts[3] = prompts[3][25:]  # as if it had been cut
         expected = plain_answers(model, prompts, 12)
     for settings in ({}, {"budget": 1}, {"cached": False}):
-        answers = generate.generate(model, tiny_tokenizer(), prompts, max_new_tokens=12, do_sample=False, **settings)
+        settings |= {"max_new_tokens": 12, "do_sample": False}
+        answers = generate.generate(model, tiny_tokenizer(), prompts, **settings)
         assert answers == expected, settings
 
 
@@ -54,7 +55,8 @@ def test_samples_are_drawn_by_seed_and_leave_the_global_generator_alone():
 
 def test_beam_search_finds_likelier_answers():
     model, prompts = tiny_model("gpt2"), some_prompts(20)
-    beams = generate.generate(model, tiny_tokenizer(), prompts, max_new_tokens=6, do_sample=False, num_beams=3)
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    beams = generate.generate(model, tiny_tokenizer(), prompts, **settings)
     assert len(beams) == 9 and beams != plain_answers(model, prompts, 6)
 
 

@@ -14,7 +14,8 @@ def test_accuracy_takes_one_right_answer_or_several():
 
 
 def test_macro_f1_where_several_answers_are_right_takes_the_one_that_was_hit():
-    assert macro_f1(["b", "a", "c"], [["a", "b"], ["b", "a"], ["a"]]) == macro_f1(["b", "a", "c"], ["b", "a", "a"])
+    predictions = ["b", "a", "c"]
+    assert macro_f1(predictions, [["a", "b"], ["b", "a"], ["a"]]) == macro_f1(predictions, ["b", "a", "a"])
 
 
 def test_macro_f1_is_the_mean_over_classes():

@@ -43,14 +43,15 @@ def test_packing_budget_and_order_change_no_score(family, beginning):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_tree_of_options_scores_as_plain_rows(models, family, data):
-    """Random prompts that may begin alike, cut on the left or not, and options that may be prefixes or twins."""
+    """Prompts may begin alike and be cut on the left; options may be prefixes or twins."""
     model = models.setdefault(family, tiny_model(family))
     token = st.integers(0, VOCABULARY - 1)
     examples, beginning = [], data.draw(st.lists(token, max_size=30))
     for _ in range(data.draw(st.integers(1, 4))):
         rest = data.draw(st.lists(st.one_of(token, st.just(7)), min_size=1, max_size=20))
         prompt = (beginning + rest)[-data.draw(st.integers(1, 50)) :]
-        options = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4))
+        option = st.lists(st.integers(0, 2), min_size=1, max_size=4)
+        options = data.draw(st.lists(option, min_size=1, max_size=4))
         examples.append(Example([prompt + o for o in options], [len(o) for o in options]))
     assert_close(logprobs.score(model, examples), plain_scores(model, examples))
 
@@ -122,7 +123,8 @@ def test_tokens_to_be_learned_may_stand_anywhere():
     example = Example([ids], [4], targets=[targets])
     expected = plain_logprobs(model, ids, 29)
     assert_close(logprobs.score(model, [example]), [[sum(expected[p - 1] for p in targets)]])
-    assert loss_terms([example], classification=False) == 4 and loss_terms([example], classification=True) == 1
+    assert loss_terms([example], classification=False) == 4
+    assert loss_terms([example], classification=True) == 1
 
 
 def test_in_bf16_predictions_differ_only_where_plain_scores_tie(family):
@@ -173,14 +175,19 @@ def test_alibi_and_sliding_windows_fall_back_to_plain_rows():
     ).eval()
     for model in (bloom, mistral):
         assert not logprobs.supports_packed_rows(model)
-        assert_close(logprobs.score(model, some_examples(), plain_rows=True), plain_scores(model, some_examples()))
+        scores = logprobs.score(model, some_examples(), plain_rows=True)
+        assert_close(scores, plain_scores(model, some_examples()))
 
 
 def test_windows_longer_than_the_probe_are_seen_too():
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128}
-    model = lambda window: MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()  # noqa: E731
-    assert not logprobs.supports_packed_rows(model(64)) and not logprobs.supports_packed_rows(model(4096), longest=8192)
+
+    def model(window):
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
+
+    assert not logprobs.supports_packed_rows(model(64))
+    assert not logprobs.supports_packed_rows(model(4096), longest=8192)
     assert logprobs.supports_packed_rows(model(4096)) and logprobs.supports_packed_rows(model(None))
 
 
@@ -213,9 +220,8 @@ def test_smollm2_scores_real_sentences_as_plain_rows_do():
     path = starter("smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = ["a film of great warmth and wit It was", "tedious from the first minute It was", "no, never. It was"]
-    options = [" terrible", " great", " truly wonderful"]
-    examples = [
-        Example([tokenizer.encode(t + o) for o in options], [len(tokenizer.encode(o)) for o in options]) for t in texts
-    ]
+    texts = ["a film of great warmth and wit", "tedious from the first minute", "no, never."]
+    options = [" It was terrible", " It was great", " It was truly wonderful"]
+    lens = [len(tokenizer.encode(option)) - 2 for option in options]
+    examples = [Example([tokenizer.encode(text + option) for option in options], lens) for text in texts]
     assert_close(logprobs.score(model, examples), plain_scores(model, examples))
