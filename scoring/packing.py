@@ -166,7 +166,7 @@ def to_tensors(
     Returns:
         Tokens [R, N]: `input_ids`, `position_ids`, `end`: the column where the part of the tree below a token
             ends (0 for filling); with `plain_rows` in place of it `attention_mask`. Where the examples have
-            `cache_rows`, those of all tokens too.
+            `cache_rows`, also `cache_rows`: the row of each token in the activation cache.
         Places [M]: `read_row`, `read_column`.
         Option tokens [T]: `token_read` (index into places), `token_target` (token id), `token_option`.
         Options [O]: `option_lens`, `option_example`, `option_index`.
