@@ -178,7 +178,8 @@ def full_state_dict(
 ) -> Iterator[dict[str, Tensor | None] | None]:
     """Give the model's state dict in whole tensors, on rank 0.
 
-    Inside, `optimizer.state_dict()` has whole tensors too. None where nothing is divided, or nothing that is divided is trained.
+    Inside, `optimizer.state_dict()` has whole tensors too. The state is None where nothing is divided, or
+    nothing that is divided is trained.
     """
     trained_params = [p for p in model.parameters() if p.requires_grad]
     if not any(isinstance(p, DTensor) for p in trained_params):

@@ -1,9 +1,10 @@
-"""Several ranks take the steps of one process: same trajectory, one writer, and an end when one of them is lost."""
+"""Several ranks take the steps of one process: same trajectory, one writer, an end when a rank is lost."""
 
 import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,23 +20,26 @@ from training import checkpoints
 from utils import UsageError
 from zo.trajectory import Trajectory
 
-ZO = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
-BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 6 --max_steps 13 --train_as_classification"
-SHORT = BOOST.replace("13", "9")
+TRAIN = "--learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16 --per_device_train_batch_size 4"
+ZO = f"--trainer zo {TRAIN}"
+ROUNDS = f"{ZO} --xgblora --xgblora_steps_per_iteration 6 --train_as_classification"
+BOOST = f"{ROUNDS} --max_steps 13"
+SHORT = f"{ROUNDS} --max_steps 9"
 STOPS = f"{SHORT} --save_on_interrupt --num_dev 8 --eval_strategy steps --eval_steps 2 --save_steps 4"
-ADAPTIVE = "--xgblora_adaptive --xgblora_patience 3 --num_dev 8 --eval_strategy steps --eval_steps 4 --save_steps 4"
+ADAPTIVE = f"{BOOST} --xgblora_adaptive --xgblora_patience 3 --num_dev 8 --eval_strategy steps --eval_steps 4"
+QUERIES = f"{ZO} --lora --max_steps 6 --zo_queries 3 --zo_parallel queries"
 # name of the output directory -> (flags of two ranks, those of one process that are others)
 SAME = {
     "boost": (BOOST, ""),
     "language": (f"{ZO} --lora --max_steps 8", ""),
     "odd": (f"{ZO} --lora --max_steps 8 --num_train 13 --train_as_classification", ""),
     "full": (f"{ZO} --max_steps 4 --learning_rate 1e-4 --gradient_accumulation_steps 2", ""),
-    "queries": (f"{ZO} --lora --max_steps 6 --zo_queries 3 --zo_parallel queries", "--per_device_train_batch_size 4"),
-    "adaptive": (f"{BOOST} {ADAPTIVE} --load_best_model_at_end --metric loss", ""),
+    "queries": (QUERIES, "--per_device_train_batch_size 4"),
+    "adaptive": (f"{ADAPTIVE} --save_steps 4 --load_best_model_at_end --metric loss", ""),
     "cached": (f"{BOOST} --xgblora_layers top:1 --zo_cache_activations --max_steps 8", ""),
     "prefix": (f"{ZO} --prefix_tuning --max_steps 6", ""),
     "objective": (f"{ZO} --lora --objective accuracy --max_steps 4", ""),
-    "regular": (f"{ZO.replace('zo', 'regular')} --lora --max_steps 6 --gradient_accumulation_steps 2", ""),
+    "regular": (f"--trainer regular {TRAIN} --lora --max_steps 6 --gradient_accumulation_steps 2", ""),
 }
 PROBE = "--linear_probing --num_train 16 --train_set_seed 0"
 SHOTS = "--trainer none --num_train 3 --train_set_seed 0"
@@ -65,6 +69,22 @@ def weights(name: str, file: str = "boosters") -> dict:
     return load_file(f"{name}/{file}.safetensors")
 
 
+def coefficients(name: str) -> list:
+    return Trajectory.load(f"{name}/trajectory.safetensors").coefficients
+
+
+def result(name: str) -> dict:
+    return json.loads(Path(f"{name}.json").read_text())
+
+
+def predictions(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+
+
+def eval_losses(name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["eval_loss"]) for entry in losses(name) if "eval_loss" in entry]
+
+
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
 
@@ -75,25 +95,24 @@ def test_two_ranks_take_the_steps_of_one_process(place, two, name):
     assert [status for status, _ in two[name]] == [0, 0], two[name]
     alone(place, f"{name}-1", f"{more} {ONE} --zo_parallel data {other}")
     ours, theirs = losses(name), losses(f"{name}-1")
-    assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys() and a["step"] == b["step"] and a.get("step_length") == b.get("step_length")
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        assert a.get("step_length") == b.get("step_length")
         assert all(close(a[key], b[key]) for key in ("loss", "eval_loss") if key in a), (a, b)
     file = "adapter_model" if name != "full" else "model"
     assert same(weights(name, file), weights(f"{name}-1", file))
     if "regular" not in name:
-        ours, theirs = (Trajectory.load(f"{d}/trajectory.safetensors").coefficients for d in (name, f"{name}-1"))
-        assert len(ours) == len(theirs) and all(close(a, b, 1e-4) for a, b in zip(ours, theirs, strict=True))
-    measured = [json.loads(Path(f"{d}.json").read_text()) for d in (name, f"{name}-1")]
-    assert close(measured[0]["loss"], measured[1]["loss"], 1e-4)
+        ours, theirs = coefficients(name), coefficients(f"{name}-1")
+        assert all(close(a, b, 1e-4) for a, b in zip(ours, theirs, strict=True))
+    assert close(result(name)["loss"], result(f"{name}-1")["loss"], 1e-4)
 
 
 def test_the_exchange_of_a_step_is_a_few_bytes(two):
-    found = {name: json.loads(Path(f"{name}.json").read_text())["sets"][0]["ranks"] for name in SAME}
+    reports = {name: result(name)["sets"][0]["ranks"] for name in SAME}
     points = {"queries": 6, "regular": 1}
-    for name, ranks in found.items():
+    for name, ranks in reports.items():
         assert ranks["number"] == 2 and ranks["bytes_per_step"] == 8 * (points.get(name, 2) + 2)
-    assert found["boost"]["imbalance"] < 1.05 < found["cached"]["imbalance"]
+    assert reports["boost"]["imbalance"] < 1.05 < reports["cached"]["imbalance"]
 
 
 def test_only_rank_0_speaks(two):
@@ -113,9 +132,9 @@ def test_an_evaluation_is_divided_and_put_together_in_order(place, two):
         assert [status for status, _ in two[name]] == [0, 0]
         if name != "probed":
             alone(place, f"{name}-1", more)
-        ours, theirs = (list(map(json.loads, Path(f"{d}.jsonl").read_text().splitlines())) for d in (name, f"{name}-1"))
-        assert [(x["id"], x["prediction"]) for x in ours] == [(x["id"], x["prediction"]) for x in theirs]
-        assert all(close(a["scores"], b["scores"]) for a, b in zip(ours, theirs, strict=True) if "scores" in a)
+        for a, b in zip(predictions(name), predictions(f"{name}-1"), strict=True):
+            assert a["id"] == b["id"] and a["prediction"] == b["prediction"]
+            assert close(a.get("scores", 0), b.get("scores", 0))
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_run(place, two):
@@ -129,8 +148,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(place, two):
 
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(two):
     assert [status for status, _ in two["nan"]] == [0, 0]
-    coefficients = Trajectory.load("nan/trajectory.safetensors").coefficients
-    assert [i for i, row in enumerate(coefficients) if row[0] != row[0]] == [2]
+    assert [i for i, row in enumerate(coefficients("nan")) if row[0] != row[0]] == [2]
 
 
 @pytest.mark.parametrize("name", ["signal", "evaluating"])
@@ -139,9 +157,8 @@ def test_a_signal_to_one_rank_ends_all_and_a_rerun_goes_on(place, two, name):
     assert "SIGTERM" in two[name][0][1]
     alone(place, name, f"{STOPS} {ONE}")
     assert same(weights(name), weights("stopped"))
-    ours, theirs = ([(e["step"], e["eval_loss"]) for e in losses(d) if "eval_loss" in e] for d in (name, "stopped"))
-    assert [step for step, _ in ours] == [step for step, _ in theirs]
-    assert all(close(a, b, 1e-4) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    for (step, loss), (other_step, other_loss) in zip(eval_losses(name), eval_losses("stopped"), strict=True):
+        assert step == other_step and close(loss, other_loss, 1e-4)
 
 
 def test_a_rank_with_other_weights_is_named_and_nothing_is_saved(two):
@@ -159,8 +176,8 @@ def test_a_rank_that_dies_ends_the_others_and_a_rerun_goes_on(place, two):
     line = f"{SHORT} --save_steps 2"
     write_plan(place, "dies.plan", {"lost": (line, "death")})
     rank0, rank1 = start_ranks("dies.plan")
-    last_line = rank0.finish().splitlines()[-1]
-    assert last_line.startswith("run.py: error") and "another rank died" in last_line
+    errors = [line for line in rank0.finish().splitlines() if line.startswith("run.py: error")]
+    assert len(errors) == 1 and "another rank died" in errors[0]
     rank1.finish()
     assert (rank0.status, rank1.status) == (1, -signal.SIGKILL)
     (_, output), _ = run_two_ranks(place, {"lost": (line, None)})["lost"]
@@ -168,31 +185,42 @@ def test_a_rank_that_dies_ends_the_others_and_a_rerun_goes_on(place, two):
     assert adapter_bytes("lost") == adapter_bytes("calm")
 
 
-def test_shares_hold_about_as_many_tokens():
+def test_the_parts_of_ranks_hold_about_as_many_tokens():
     sizes = [30, 3, 4, 29, 16, 15, 1]
     assert data_parallel.balance(sizes, 2) == [[0, 2, 5], [1, 3, 4, 6]]
     for ranks in (1, 2, 3, 8):
         parts = data_parallel.balance(sizes, ranks)
         assert sorted(i for part in parts for i in part) == list(range(7))
-        pieces = data_parallel.contiguous_split(sizes, ranks)
-        assert [i for piece in pieces for i in piece] == list(range(7)) and len(pieces) == ranks
+        ranges = data_parallel.contiguous_split(sizes, ranks)
+        assert [i for part in ranges for i in part] == list(range(7)) and len(ranges) == ranks
     assert data_parallel.contiguous_split([], 2) == [range(0), range(0)]
 
 
-def test_the_shares_of_a_batch_make_up_its_loss(monkeypatch):
-    """The parts of the loss sum to the loss of the whole batch, for means over examples and over option tokens."""
+@pytest.mark.parametrize("classification, name", [(True, "label"), (False, "token_option")])
+def test_the_parts_of_a_batch_make_up_its_loss(monkeypatch, classification, name):
+    """The parts of the loss sum to the loss of the whole batch, for means over examples and over tokens."""
     examples = some_examples(9)
-    for classification in (True, False):
-        found = []
-        for rank in range(12):  # more ranks than rows
-            monkeypatch.setattr(collectives, "world_size", lambda: 12)
-            monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-            weigh = lambda rows, c=classification: packing.loss_terms(rows, c)  # noqa: E731
-            found.append(data_parallel.ShardingCollator(packing.pack, weigh, packing.num_tokens)(examples))
-        assert sum(one["part"] for one in found) == pytest.approx(1, abs=1e-15)
-        assert ["input_ids" in one for one in found].count(False) == 2
-        counted = "label" if classification else "token_option"
-        assert sum(len(one[counted]) for one in found if counted in one) == packing.loss_terms(examples, classification)
+    weight = partial(packing.loss_terms, classification=classification)
+    collator = data_parallel.ShardingCollator(packing.pack, weight, packing.num_tokens)
+    monkeypatch.setattr(collectives, "world_size", lambda: 12)  # more ranks than rows
+    batches = []
+    for rank in range(12):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        batches.append(collator(examples))
+    assert sum(batch["part"] for batch in batches) == pytest.approx(1, abs=1e-15)
+    assert ["input_ids" in batch for batch in batches].count(False) == 2
+    assert sum(len(batch[name]) for batch in batches if name in batch) == weight(examples)
+
+
+def test_each_rank_gets_a_row_where_a_forward_needs_all_ranks(monkeypatch):
+    examples = some_examples(1)
+    collator = data_parallel.ShardingCollator(packing.pack, len, packing.num_tokens)
+    monkeypatch.setattr(collectives, "world_size", lambda: 4)
+    monkeypatch.setattr(collectives, "rank", lambda: 3)
+    assert collator(examples) == {"weight": 2, "part": 0, "tokens": 0}
+    monkeypatch.setattr(collectives, "join_context", collectives.NoJoin())
+    batch = collator(examples)
+    assert "input_ids" in batch and batch["part"] == 0
 
 
 def test_a_fingerprint_sees_one_bit_of_any_dtype():
@@ -223,7 +251,8 @@ def test_a_rank_may_have_to_have_a_gpu_of_its_own(monkeypatch):
 def test_each_rank_of_a_machine_sees_one_gpu(monkeypatch, listed, chosen):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
-    assert collectives.choose_gpu() == 2 and os.environ["CUDA_VISIBLE_DEVICES"] == (listed or "")  # one process
+    assert collectives.choose_gpu() == 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == (listed or "")  # one process may see all
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     with collectives.hide_world_from_trainer():
@@ -236,7 +265,8 @@ def test_the_world_is_hidden_from_the_library_alone(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     with collectives.hide_world_from_trainer(), collectives.hide_world_from_trainer():
         assert "WORLD_SIZE" not in os.environ and "RANK" not in os.environ
-        assert collectives.env_world_size() == 4 and collectives.rank() == 3 and not collectives.is_main_process()
+        assert collectives.env_world_size() == 4 and collectives.rank() == 3
+        assert not collectives.is_main_process()
     assert os.environ["WORLD_SIZE"] == "4" and os.environ["RANK"] == "3"
     monkeypatch.delenv("WORLD_SIZE")
     assert collectives.env_world_size() == 1

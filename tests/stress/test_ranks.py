@@ -18,9 +18,9 @@ from training import checkpoints
 SHORT = "--trainer zo --learning_rate 1e-2 --save_model --logging_steps 1 --num_train 16"
 SHORT += " --per_device_train_batch_size 4 --xgblora --xgblora_steps_per_iteration 6 --max_steps 9"
 SHORT += " --train_as_classification --save_steps 2"
-FSDP = "--trainer regular --fsdp --num_train 13 --per_device_train_batch_size 4 --learning_rate 1e-3 --max_steps 6"
+FSDP = "--trainer regular --fsdp --num_train 13 --per_device_train_batch_size 4 --learning_rate 1e-3"
 FSDP += " --lr_scheduler_type constant --num_dev 8 --eval_strategy steps --eval_steps 2 --save_steps 2"
-FSDP += " --logging_steps 1 --save_on_interrupt"
+FSDP += " --max_steps 6 --logging_steps 1 --save_on_interrupt"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def torchrun(plan: str, *words: str) -> subprocess.Popen:
     """Start torchrun, with these words of its command line, on a plan."""
     command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "support.rank_program", plan]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -46,9 +47,11 @@ def finish(process: subprocess.Popen) -> str:
 
 def test_torchrun_starts_ranks_again_when_one_has_died(place, calm):
     write_plan(place, "dies.json", {"lost": (SHORT, "death")})
-    output = finish(torchrun("dies.json", "--nproc_per_node", "2", "--master_port", free_port(), "--max-restarts", "1"))
+    words = ("--nproc_per_node", "2", "--max-restarts", "1")
+    output = finish(torchrun("dies.json", *words, "--master_port", free_port()))
     errors = [line for line in output.splitlines() if line.startswith("run.py: error")]
-    assert len(errors) == 1 and "another rank died" in errors[0] and "going on from lost/checkpoint-4" in output, output
+    assert len(errors) == 1 and "another rank died" in errors[0], output
+    assert "going on from lost/checkpoint-4" in output, output
     assert adapter_bytes("lost") == calm
 
 
@@ -65,7 +68,7 @@ def test_two_nodes_and_a_slow_network_cost_a_delay_a_step(place, calm):
 
 
 def test_a_rank_that_does_not_answer_is_given_up(place):
-    """Without torchrun to end it: rank 1 stops, rank 0 waits `--ddp_timeout` seconds, says so and exits with 1."""
+    """Rank 1 stops; without torchrun to end it, rank 0 waits `--ddp_timeout` seconds and exits with 1."""
     write_plan(place, "stops.json", {"silent": (f"{SHORT} --ddp_timeout 4", "silence")})
     rank0, rank1 = start_ranks("stops.json")
     output = rank0.finish()
@@ -77,7 +80,10 @@ def test_a_rank_that_does_not_answer_is_given_up(place):
 
 @pytest.mark.parametrize(
     "mishap, words, saved",
-    [("death", "another rank died", [2, 4]), ("out of memory in an evaluation", "rank 1: error: out of memory", [2])],
+    [
+        ("death", "another rank died", [2, 4]),
+        ("out of memory in an evaluation", "rank 1: error: out of memory", [2]),
+    ],
 )
 def test_a_rank_that_fails_while_the_others_wait_for_its_weights(place, mishap, words, saved):
     name = mishap.split()[0]

@@ -75,7 +75,7 @@ MISHAPS = {
 
 
 def call_before(original: Callable, number: int, act: Callable) -> Callable:
-    """Return a method that calls `act(self)` before the call of `original` with that number, counted from 1."""
+    """Return a method that calls `act(self)` before one call of `original`, which is counted from 1."""
     calls = []
 
     @functools.wraps(original)
@@ -122,7 +122,7 @@ def prepared(mishap: str | None):
 
 
 def record_written_files() -> set[str]:
-    """Return a set that grows by the name of each path below this folder that is written, made, moved or removed."""
+    """Return a set to which each path is added that is written, made, moved or removed below this folder."""
     written: set[str] = set()
 
     def note(event, args):
@@ -137,7 +137,7 @@ def record_written_files() -> set[str]:
 
 
 def run_plan(plan: str) -> None:
-    """Run the lines of a plan; end the process with the exit status of the run where there is one line only."""
+    """Run the lines of a plan; end the process, with the exit status of the run where it is the only line."""
     plan = Path(plan)
     prefix = f"{plan.stem}-{os.environ['RANK']}"
     written = record_written_files()

@@ -18,7 +18,8 @@ import run
 from support.rank_program import run_plan
 from training import checkpoints
 
-OWN = "--data_dir own --task_name own --template {q}_Answer: --answer_column a --max_new_tokens 4 --num_train 0"
+OWN = "--data_dir own --task_name own --template {q}_Answer: --answer_column a --num_train 0"
+OWN += " --max_new_tokens 4"
 ONE = "--per_device_train_batch_size 8"  # of one process, where each of two ranks has 4 rows
 TIMEOUT = 500  # seconds that a process may take
 
@@ -41,7 +42,7 @@ def free_port() -> str:
 
 
 class Process:
-    """A fork of this process that calls a function, with variables in its environment and its output in a file."""
+    """A fork of this process that calls a function; it has variables of its own and writes to a file."""
 
     def __init__(self, log: str, environment: dict[str, str], fn: Callable, *args):
         self.log = Path(log)
@@ -54,7 +55,7 @@ class Process:
         file = os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the process ends
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         fn(*args)
 
     def finish(self) -> str:
@@ -75,7 +76,8 @@ class Process:
 
 def write_plan(place: str, plan: str, lines: dict[str, tuple[str, str | None]]) -> None:
     """Write a plan out of {name: (flags, name of a mishap or None)}."""
-    Path(plan).write_text(json.dumps([(flags(place, name, more), mishap) for name, (more, mishap) in lines.items()]))
+    runs = [(flags(place, name, more), mishap) for name, (more, mishap) in lines.items()]
+    Path(plan).write_text(json.dumps(runs))
 
 
 def start_ranks(plan: str, ranks: int = 2) -> list[Process]:
@@ -89,7 +91,11 @@ def start_ranks(plan: str, ranks: int = 2) -> list[Process]:
 
 
 def run_two_ranks(place: str, lines: dict[str, tuple[str, str | None]]) -> dict[str, list]:
-    """Run {name: (flags, name of a mishap or None)} on two ranks; return {name: (exit status, output) of each rank}."""
+    """Run {name: (flags, name of a mishap or None)} on two ranks.
+
+    Returns:
+        {name: (exit status, output) of each rank}.
+    """
     plan = f"{next(iter(lines))}.plan"
     write_plan(place, plan, lines)
     logs = [process.finish() for process in start_ranks(plan)]
