@@ -2,16 +2,18 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support import reference_methods
 from support.models import tiny_model
-from support.references import gaussian
+from torch import nn
+from torch.func import functional_call
 
 import run
 from lora import LoRA
-from zo import counter_rng
 from zo.method import Method
 from zo.methods import AR1ZO, FZOO, LOZO
 from zo.optimizer import ZerothOrder
@@ -20,54 +22,92 @@ ROOT = Path(run.__file__).parent
 LORA = "--trainer zo --lora --lora_r 4 --learning_rate 1e-3 --max_steps 7 --save_steps 3 --save_model --output_dir out"
 
 
-def quadratic(lora):
-    """A loss of all A and B with a gradient that is known."""
-    target = [torch.full_like(p, 0.3) for p in lora.parameters()]
-    return lambda: sum(((p - t) ** 2).sum() for p, t in zip(lora.parameters(), target, strict=True))
+STEPS = 50
 
 
-@torch.no_grad()
-def test_fzoo_is_its_formula():
-    lora = LoRA(tiny_model("llama"), 2, 16)
-    loss, eps, lr, n = quadratic(lora), 1e-2, 1e-3, 5
-    engine = ZerothOrder([{"params": lora.parameters()}], lr, eps, seed=4, master=True, method=FZOO(n))
-    theta = torch.cat([p.flatten() for p in lora.parameters()])
-    sizes = [p.numel() for p in lora.parameters()]
-    for step in range(3):
-        zs = [counter_rng.direction_range("rademacher", (4, step, q), 0, len(theta)) for q in range(n)]
-        losses = []
-        for z in [torch.zeros_like(theta), *zs]:
-            for p, values in zip(lora.parameters(), (theta + eps * z).split(sizes), strict=True):
-                p.copy_(values.view(p.shape))
-            losses.append(loss().item())
-        for p, values in zip(lora.parameters(), theta.split(sizes), strict=True):
-            p.copy_(values.view(p.shape))
-        sigma = torch.tensor(losses[1:]).std()
-        g = sum((x - losses[0]) * z for x, z in zip(losses[1:], zs, strict=True)) / (eps * n)
-        engine.step(loss)
-        theta = theta - lr * g / sigma
-        ours = torch.cat([p.flatten() for p in lora.parameters()])
-        assert set(zs[0].tolist()) == {-1.0, 1.0} and torch.allclose(ours, theta, atol=2e-5 * theta.abs().max() + 1e-6)
-        theta = ours.clone()
+class Adapted(nn.Module):
+    """Two frozen layers, each with a low-rank A and B that are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.ModuleList([nn.Linear(7, 6), nn.Linear(6, 3)]).requires_grad_(False)
+        self.A = nn.ParameterList([torch.randn(4, 7) / 3, torch.randn(4, 6) / 3])
+        self.B = nn.ParameterList([torch.randn(6, 4) / 3, torch.randn(3, 4) / 3])
+
+    def adapters(self):
+        return [p for pair in zip(self.A, self.B, strict=True) for p in pair]
+
+    def forward(self, x):
+        for layer, A, B in zip(self.frozen, self.A, self.B, strict=True):
+            x = torch.tanh(layer(x) + x @ A.T @ B.T)
+        return x
 
 
-@torch.no_grad()
-def test_ar1_zo_moves_one_atom_a_step_and_every_atom_in_turn():
-    lora = LoRA(tiny_model("llama"), 3, 16)
-    loss = quadratic(lora)
-    engine = ZerothOrder([{"params": lora.parameters()}], 1e-4, 1e-3, seed=1, master=True, method=AR1ZO())
-    full = ZerothOrder([{"params": lora.parameters()}], 1e-4, 1e-3, seed=1, master=True)
-    for step in range(6):
-        before = [p.clone() for p in lora.parameters()]
-        z = full.blocks[0].split(gaussian((1, step, 0), 0, full.blocks[0].param.numel()))
-        engine.step(loss)
-        g = engine.projected_grads[0]
-        for i, (p, old, direction) in enumerate(zip(lora.parameters(), before, z, strict=True)):
-            moved = (p - old) if i % 2 == 0 else (p - old).T
-            expected = (-1e-4 * g * direction) if i % 2 == 0 else (-1e-4 * g * direction).T
-            atom = step % 3
-            assert torch.allclose(moved[atom], expected[atom], atol=1e-6)
-            assert not moved[[k for k in range(3) if k != atom]].any() and moved[atom].any()
+def losses_of(module, params):
+    """(a closure for the engine, the same loss as a function of a list of tensors)."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    x, target = torch.randn(16, 7), torch.randn(16, 3)
+    mean_square = lambda y: float((y - target).double().square().mean())  # noqa: E731
+
+    def at(theta):
+        values = {names[id(p)]: value for p, value in zip(params, theta, strict=True)}
+        return mean_square(functional_call(module, values, (x,)))
+
+    return lambda: mean_square(module(x)), at
+
+
+def lozo(interval):
+    method = LOZO()
+    method.interval = interval
+    return method
+
+
+# name -> (method, reference, rate)
+REFERENCES = {
+    "mezo": (Method(1), reference_methods.mezo, 1e-2),
+    "mezo, 3 queries": (Method(3), partial(reference_methods.mezo, queries=3), 1e-2),
+    "lozo": (lozo(20), partial(reference_methods.lozo, rank=2, interval=20), 1e-2),
+    "fzoo": (FZOO(5), partial(reference_methods.fzoo, queries=5), 1e-3),
+    "ar1-zo": (AR1ZO(), reference_methods.ar1_zo, 1e-2),
+}
+
+
+def compare(name: str, params, module, master: bool):
+    """Take 50 steps with the engine and with the reference; yield both θ after each."""
+    method, reference, lr = REFERENCES[name]
+    closure, loss = losses_of(module, params)
+    engine = ZerothOrder(params, lr, 1e-3, seed=4, master=master, method=method)
+    theta = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for step in range(STEPS):
+            engine.step(closure)
+            theta = reference(theta, loss, step=step, seed=4, lr=lr, eps=1e-3)
+            yield params, theta
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo, 3 queries", "lozo", "fzoo"])
+def test_full_weights_follow_the_formulas_of_the_paper(name):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    before = [p.detach().clone() for p in module.parameters()]
+    for ours, theirs in compare(name, list(module.parameters()), module, master=False):
+        for p, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert all((p - old).abs().max() > 1e-2 for p, old in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mezo", "mezo, 3 queries", "fzoo", "ar1-zo"])
+def test_adapters_follow_the_formulas_of_the_paper(name):
+    """MeZO and AR1-ZO bit by bit; FZOO rounds its quotients in another order."""
+    torch.manual_seed(0)
+    module = Adapted()
+    params = module.adapters()
+    before = [p.detach().clone() for p in params]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if name == "fzoo" else {"rtol": 0, "atol": 0}
+    for ours, theirs in compare(name, params, module, master=True):
+        for p, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p.detach(), expected, **tolerance)
+    assert all((p - old).abs().max() > 1e-2 for p, old in zip(params, before, strict=True))
 
 
 class AsLOZO(LOZO):
@@ -142,8 +182,8 @@ def test_fzoo_skips_a_step_whose_losses_are_no_numbers():
 
 
 def test_the_method_of_the_documents_runs_and_is_fzoo(go, tmp_path):
-    text = (ROOT / "docs" / "NEW_METHOD.md").read_text()
-    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "zo" / "README.md").read_text(), re.S)
+    (tmp_path / "mine.py").write_text(next(block for block in blocks if "class Mine" in block))
     go(f"{LORA} --zo_method fzoo --zo_queries 3")
     go(f"{LORA} --zo_method {tmp_path}/mine.py:Mine --zo_queries 3 --output_dir mine")
     assert adapter_model("mine") == adapter_model()
