@@ -14,7 +14,7 @@ TESTS = (
     "test_methods.py::test_resume_and_replay_come_for_nothing",
     "test_methods.py::test_the_method_of_the_documents_runs_and_is_fzoo",
     "test_modes.py",
-    "test_noise.py",
+    "test_rng_kernels.py",
 )
 
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.data import TRAIN, starter
 from support.models import tiny_model
 from support.references import gaussian, loss_at, perturbed, some_examples
 from torch import nn
@@ -17,7 +16,6 @@ from lora import LoRA
 from scoring import logprobs, packing
 from utils import UsageError
 from zo import counter_rng
-from zo.diagnostics import diagnose, recommendations
 from zo.method import Method
 from zo.methods import LOZO
 from zo.optimizer import NonFiniteLoss, StepCounts, ZerothOrder
@@ -40,6 +38,13 @@ def bits(model):
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_loss_that_is_a_parameter_itself_is_perturbed():
+    p = nn.Parameter(torch.tensor(2.0))
+    engine = ZerothOrder([p], lr=0.0, eps=0.5, master=False)
+    z = engine.directions.z(engine.blocks[0], 0).item()
+    assert engine.losses_at([(0, 1.0), (0, -1.0)], lambda: p) == pytest.approx([2 + z / 2, 2 - z / 2])
 
 
 def a_loss(model):
@@ -93,19 +98,21 @@ def test_a_step_is_the_formula():
         assert torch.allclose(p, theta, atol=1e-5)
 
 
-def test_the_mean_update_over_seeds_is_the_gradient_step():
+def test_the_mean_update_over_directions_is_the_gradient_step():
     """On a quadratic with known gradient; a wrong sign or scale of g, ε or η can't pass."""
     torch.manual_seed(1)
-    curvature, theta0 = torch.rand(6) + 0.5, torch.randn(6)
-    gradient, moves, n = curvature * theta0, [], 4000
-    for seed in range(n):
-        p = nn.Parameter(theta0.clone())
-        ZerothOrder([p], lr=0.1, eps=1e-3, seed=seed).step(lambda p=p: (curvature.double() * p.double() ** 2).sum() / 2)
-        moves.append(p.detach() - theta0)
+    curvature, theta = torch.rand(6) + 0.5, torch.randn(6)
+    gradient, moves, n = curvature * theta, [], 1500
+    p = nn.Parameter(theta.clone())
+    engine = ZerothOrder([p], lr=0.1, eps=1e-3)
+    for _ in range(n):
+        p.data.copy_(theta)
+        engine.step(lambda: (curvature.double() * p.double() ** 2).sum() / 2)
+        moves.append(p.detach() - theta)
     moves = torch.stack(moves).double()
     error = moves.std(0) / math.sqrt(n)
     assert ((moves.mean(0) + 0.1 * gradient).abs() < 4.5 * error + 1e-6).all()
-    assert (error < 0.05 * 0.1 * gradient.norm()).all()
+    assert (error < 0.08 * 0.1 * gradient.norm()).all()
 
 
 def test_500_steps_bring_a_quadratic_down():
@@ -214,9 +221,9 @@ def test_weights_without_storage_are_refused():
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("block", [64, 1 << 18])
-def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, block, monkeypatch):
-    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", block)
+@pytest.mark.parametrize("chunk_size", [700, 1 << 18])
+def test_streamed_losses_equal_those_of_perturbed_weights(family, distribution, chunk_size, monkeypatch):
+    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", chunk_size)
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, seed=3, queries=2, distribution=distribution, master=False)
     batch = packing.pack(some_examples())
@@ -344,13 +351,13 @@ def test_no_second_copy_and_no_large_temporary(monkeypatch):
     assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_thousand_steps_at_rate_0_change_no_bit(dtype):
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 100), (torch.float16, 100), (torch.bfloat16, 1000)])
+def test_a_thousand_steps_at_rate_0_change_no_bit(dtype, steps):
     torch.manual_seed(0)
     model, x = nn.Linear(8, 8).to(dtype), torch.randn(2, 8, dtype=dtype)
     before = bits(model)
     engine = ZerothOrder(model, lr=0.0, eps=1e-2, master=False)
-    for _ in range(1000):
+    for _ in range(steps):
         engine.step(lambda: model(x).float().square().mean())
     assert same(bits(model), before) and engine.projected_grad != 0
 
@@ -634,69 +641,3 @@ def test_a_methods_own_state_is_part_of_a_state():
         engine.step(loss)
         ends.append(bits(layer))
     assert same(*ends)
-
-
-# ---- --zo_check ----
-
-
-def test_the_check_knows_a_quadratic():
-    """f = ½ Σ h x² with known trace, gradient and largest rate; exact in float64."""
-    torch.manual_seed(0)
-    h, x = torch.rand(40).double() + 0.5, torch.randn(40)
-    p = nn.Parameter(x.clone())
-    engine = ZerothOrder([p], lr=1e-3, eps=1e-2, seed=4)
-    found = diagnose(engine, lambda: (h * p.double() ** 2).sum() / 2, directions=2000)
-    gradient = h * x
-    expected = 2 * gradient.square().sum() / (gradient.square().sum() * h.sum() + 2 * (h * gradient.square()).sum())
-    assert found.trace == pytest.approx(h.sum().item(), rel=0.05)
-    assert found.g == pytest.approx(gradient.norm().item(), rel=0.05)
-    assert found.largest_lr == pytest.approx(expected.item(), rel=0.1)
-    assert found.noise_share < 1e-3 and found.nonlinearity < 1e-3 and found.forwards == 1 + 6 * 2000
-    assert torch.equal(p, x) and engine.counts.step == 0
-    assert "fit" in recommendations(found, engine)[-1]
-    engine.param_groups[0]["lr"] = 10.0
-    assert any("learning rate 10 is above" in line for line in recommendations(found, engine))
-
-
-@pytest.mark.parametrize("grain", [2e-3, 4e-3])
-def test_the_check_finds_rounding_and_an_eps_that_drowns_in_it(grain):
-    p = nn.Parameter(torch.linspace(-1, 1, 50))
-    coarse = lambda: ((p.double() - 0.3) ** 2).sum() + grain * torch.sin(p.double() * 1e8).sum() / 5  # noqa: E731
-    found = diagnose(ZerothOrder([p], eps=1e-4), coarse, directions=40)
-    assert 0.5 < found.noise / grain < 2 and found.noise_share > 0.5
-    assert any("drowns" in line for line in recommendations(found, ZerothOrder([p], eps=1e-4)))
-    low, _ = found.eps
-    good = diagnose(ZerothOrder([p], eps=2 * low), coarse, directions=40)
-    assert good.noise_share < 0.25
-
-
-def test_the_check_finds_an_eps_that_leaves_the_linear_range():
-    p = nn.Parameter(torch.zeros(50))
-    engine = ZerothOrder([p], eps=1.0)
-    found = diagnose(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
-    assert found.nonlinearity > 0.2
-    inside = diagnose(ZerothOrder([p], eps=found.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
-    assert inside.nonlinearity < 0.15
-
-
-def test_the_check_tells_a_rounding_walk():
-    p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
-    engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
-    found = diagnose(engine, lambda: (p.float() ** 2).sum())
-    assert found.rounding_drift > 10 and any("adapters" in line for line in recommendations(found, engine))
-
-
-def test_the_check_catches_a_wrong_eps_on_smollm2_in_bf16():
-    """B alone trained: 1e-3 drowns in the rounding of half-precision weights, 3e-2 does not."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = starter("smollm2-135m")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    words = [tokenizer.encode(" terrible"), tokenizer.encode(" great")]
-    prompts = [tokenizer.encode(f"{sentence} It was") for sentence, _ in TRAIN]
-    examples = [packing.Example([p + w for w in words], [1, 1], y) for p, (_, y) in zip(prompts, TRAIN, strict=True)]
-    closure = partial(logprobs.loss, model, packing.pack(examples), True)
-    LoRA(model, 1, 16, freeze_a=True)
-    found = {eps: diagnose(ZerothOrder(model, 5e-3, eps, normalize=True, master=True), closure) for eps in (1e-3, 3e-2)}
-    assert found[1e-3].noise_share > 0.4 > 0.3 > found[3e-2].noise_share  # 0.45 to 0.6, by the CPU

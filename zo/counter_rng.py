@@ -26,7 +26,7 @@ def normal_table() -> Tensor:
     2^-19.
 
     A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the
-    last bits of a machine's libm could move it (tests/test_directions.py), so the table has the same bits
+    last bits of a machine's libm could move it (tests/test_counter_rng.py), so the table has the same bits
     everywhere.
     """
     upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]

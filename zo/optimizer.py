@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -133,7 +134,6 @@ class ZerothOrder(torch.optim.Optimizer):
         self.eps = eps
         self.master = bool(master)
         self.optim = optim
-        self.set_perturbations = set_perturbations
         self.method = method or Method(queries)
         self.source = DirectionSource(seed, distribution)
         self.gradient_scale = GradientScale(clip, normalize)
@@ -142,7 +142,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self.projected_grads: list[float] = []  # of the last step, before clip and normaliser
         self.trajectory = Trajectory()
         self.forward_per_point = False  # True once copies were found not to work
-        self.restart()
+        in_place = partial(InPlaceWeights, method=self.method)
+        in_master = partial(MasterWeights, optim=optim, set_perturbations=set_perturbations)
+        self._new_weights = in_master if master else in_place
+        self.weights = self._new_weights(self.param_groups)
+        self._directions = None
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's: z runs through the new parameters behind the others'. Momentum begins anew."""
@@ -155,10 +159,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def restart(self, forget: bool = False) -> None:
         """Begin anew after a merge: the parameters may have other values and shapes, and others of them may
         require a gradient. Momentum starts at 0; with `forget` the running mean square of g does too."""
-        if self.master:
-            self.weights = MasterWeights(self.param_groups, self.optim, self.set_perturbations)
-        else:
-            self.weights = InPlaceWeights(self.param_groups, self.method)
+        self.weights = self._new_weights(self.param_groups)
         self._directions = None
         if forget:
             self.gradient_scale.reset()
