@@ -5,11 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test stress starter format clean
 
 demo: .venv/installed
-	$(BIN)/python -m cli.starter starter
+	$(BIN)/python starter.py starter
 	$(BIN)/python bench/demo.py
 
 starter: .venv/installed
-	$(BIN)/python -m cli.starter starter
+	$(BIN)/python starter.py starter
 
 test: .venv/test-installed
 	$(BIN)/ruff check .

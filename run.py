@@ -3,8 +3,8 @@
     python run.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --xgblora --trainer zo \\
         --xgblora_steps_per_iteration 50 --max_steps 400
 
-`main` reads the flags, draws the sets of training rows, runs each and writes the results. The flags stand in
-arguments.py, what is done with a model and a task in framework.py, what a step is in trainer.py and zo.py.
+`main` reads the flags, draws the sets of training rows, runs each and writes the results. The flags are in
+cli/arguments.py, what is done with a model and a task in framework.py, what a step is in trainer.py and zo/.
 """
 
 import gc
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-import utils
 from cli import results
-from cli.arguments import OurArguments, parse
+from cli.arguments import OurArguments
+from cli.command_line import EXAMPLES, parse
 from cli.machine import keep_pages
 from distributed import collectives, stop_signals
 from framework import Framework
@@ -27,31 +27,99 @@ from scoring import staged_results
 from scoring.prompts import EvalBatch
 from tasks import get_task
 from training import checkpoints
-from utils import UsageError
+from utils import Interrupted, UsageError
+
+__all__ = ["Framework", "OurArguments", "get_task", "main", "parse"]
 
 logger = logging.getLogger("run")
-# What says all there is to say in its own words, and what every rank raises where one does.
+
+# Errors whose text says all there is to say, and those that every rank raises where one rank does.
 EXPECTED_ERRORS = (
-    UsageError,
-    FloatingPointError,
-    checkpoints.StateNotSaved,
-    collectives.PeerLost,
-    collectives.PeerFailed,
+    UsageError, FloatingPointError, checkpoints.StateNotSaved, collectives.PeerLost, collectives.PeerFailed,
     collectives.Diverged,
-)
+)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with the flags of `argv`, by default those of the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        if collectives.is_main_process():
+            print(EXAMPLES, end="", file=sys.stderr)
+        return 2
+    keep_pages()
+    try:
+        args = read_arguments(words)
+        if args.replay:
+            return replay(args)
+        return run(args)
+    except Interrupted as signal:
+        print_error(f"stopped by {signal}; the same command goes on from the last checkpoint")
+        return stop_signals.EXIT_REQUEUE
+    except KeyboardInterrupt:
+        print_error("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    except Exception as error:
+        return report(error)
+
+
+def read_arguments(words: list[str]) -> OurArguments:
+    """Return the arguments of a command line, and join the other ranks where torchrun has started some."""
+    gpus = collectives.choose_gpu()
+    with collectives.hide_world_from_trainer():
+        args = parse(words)
+    if args.sharded and not args.use_cpu:
+        collectives.refuse_shared_gpus(gpus)
+    collectives.join_process_group(args.ddp_timeout, args.sharded)
+    return args
+
+
+def run(args: OurArguments) -> int:
+    """Train and evaluate on each training set, and write the results; return the exit status."""
+    task = get_task(args.task_name, args.data_dir, args.custom_task, args.metric)
+    args = args.for_task(task)
+    train_sets = draw_train_sets(args, task)
+    path = results.result_path(args, [seed for seed, _, _ in train_sets])
+    writes_models = args.save_merged or args.export_rank
+    model_file = Path(args.output_dir) / "config.json" if writes_models else None
+    for flag, file in (("--result_file", path), ("--predictions", args.predictions), ("--output_dir", model_file)):
+        if file:
+            checkpoints.check_writable(file, flag)
+    args.announce()
+    measurements = []
+    for train_set in train_sets:
+        measurements.append(run_set(args, task, *train_set))
+        gc.collect()  # the trainer and its callbacks hold each other, and the model, while the next one loads
+        if len(train_sets) > 1 and collectives.is_main_process():
+            results.write_result(results.set_path(path, train_set[0]), args, measurements[-1:])
+    if not collectives.is_main_process():
+        return 0
+    result = results.write_result(path, args, measurements)
+    if args.staged:
+        labels = [f"trainset{measured['train_set']}" for measured in measurements]
+        stages = [measured["staged"] for measured in measurements]
+        staged_results.plot(stages, labels, task.metric_name, path.with_suffix(".png"))
+    logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
+    return 0
 
 
 def draw_train_sets(args: OurArguments, task) -> list[tuple[int | None, list, list]]:
-    """[(set's seed, training rows, dev rows)]: dev comes from the end of the draw and never out of the training rows.
+    """Draw the training rows, and dev rows from the end of the draw, never out of the training rows.
 
-    One (None, [], []) where nothing is trained and every evaluation example gets demonstrations of its own.
+    Returns:
+        (seed, training rows, dev rows) of each set; a single (None, [], []) where nothing is trained and every
+        evaluation example gets demonstrations of its own.
+
+    Raises:
+        UsageError: the task has fewer rows.
     """
     available, dev = len(task.samples["train"]), args.num_dev or 0
-    wanted = args.num_train
-    if wanted is None:
-        wanted = available - dev if args.learns else 0
-    if wanted + dev > available or (args.learns and wanted < 1):
-        raise UsageError(f"--num_train {wanted} and --num_dev {dev}: {task.name} has {available} training rows in all")
+    size = args.num_train
+    if size is None:
+        size = available - dev if args.learns else 0
+    if size + dev > available or (args.learns and size < 1):
+        raise UsageError(f"--num_train {size} and --num_dev {dev}: {task.name} has {available} training rows in all")
     if args.num_train_sets is None and args.train_set_seed is None:
         if not args.learns:
             return [(None, [], [])]
@@ -59,24 +127,24 @@ def draw_train_sets(args: OurArguments, task) -> list[tuple[int | None, list, li
     else:
         first = args.train_set_seed or 0
         seeds = range(first, first + (args.num_train_sets or 1))
-    sets = []
+    train_sets = []
     for seed in seeds:
-        rows = task.sample_subset("train", seed, wanted + dev)
-        sets.append((seed, rows[:wanted], rows[wanted:]))
-    return sets
+        rows = task.sample_subset("train", seed, size + dev)
+        train_sets.append((seed, rows[:size], rows[size:]))
+    return train_sets
 
 
-def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> dict:
-    """One training set from a fresh model: {metric: value, "dev_…": value, forward passes, seconds, …}."""
+def run_set(args: OurArguments, task, train_set: int | None, train_samples: list, dev_samples: list) -> dict:
+    """Train and evaluate on one training set, from a fresh model.
+
+    Returns:
+        {metric: value, "dev_…": value, forward passes, seconds, …}
+    """
     framework = Framework(args, task)
     output_dir, trains = args.run_dir(train_set or 0), args.trainer != "none" and not args.linear_probing
-    eval_samples = task.sample_subset("validation", args.train_set_seed or 0, args.num_eval or sys.maxsize)
-    demonstrations = [] if args.learns else train_samples
-    if train_set is None and args.num_train:  # a demonstration set for every example
-        demonstrations = [task.sample_subset("train", i, args.num_train) for i in range(len(eval_samples))]
-    eval_rows = None if args.no_eval else framework.eval_batch(eval_samples, demonstrations)
-    dev_rows = framework.eval_batch(dev_samples)
-    measured, start, cpu = {"train_set": train_set}, time.perf_counter(), time.process_time()
+    dev_rows, eval_rows = evaluation_rows(framework, train_set, train_samples, dev_samples)
+    measured = {"train_set": train_set}
+    start, cpu_start = time.perf_counter(), time.process_time()
     with stop_signals.StopSignals(args.save_on_interrupt and trains) as signals:
         if trains:
             with checkpoints.lock_on_main(output_dir):
@@ -88,7 +156,7 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
         elif args.linear_probing:
             framework.fit_probe(train_samples)
         measured["train_seconds"] = round(time.perf_counter() - start, 2)
-        measured["train_cpu_seconds"] = round(time.process_time() - cpu, 2)  # of all threads, whoever else is busy
+        measured["train_cpu_seconds"] = round(time.process_time() - cpu_start, 2)  # of all threads
         with signals.interruptible():
             measured |= evaluate_and_write(framework, output_dir, train_set, dev_rows, eval_rows)
     measured["seconds"] = round(time.perf_counter() - start, 2)
@@ -99,33 +167,45 @@ def run_set(args: OurArguments, task, train_set, train_samples, dev_samples) -> 
     return measured
 
 
-def evaluate_and_write(
-    framework: Framework, output_dir: Path, train_set, dev_rows: EvalBatch, eval_rows: EvalBatch | None
-) -> dict:
-    """What the model, trained or not, is worth: its files, its metrics and its predictions, as the flags ask."""
+def evaluation_rows(framework: Framework, train_set, train_samples, dev_samples) -> tuple[EvalBatch, EvalBatch | None]:
+    """Return the dev rows and the validation rows as an evaluation takes them; None with `--no_eval`.
+
+    Where nothing is learned the training rows are demonstrations: the same for all, or a set for each example.
+    """
+    args, task = framework.args, framework.task
+    eval_samples = task.sample_subset("validation", args.train_set_seed or 0, args.num_eval or sys.maxsize)
+    demonstrations = [] if args.learns else train_samples
+    if train_set is None and args.num_train:
+        demonstrations = [task.sample_subset("train", i, args.num_train) for i in range(len(eval_samples))]
+    eval_rows = None if args.no_eval else framework.eval_batch(eval_samples, demonstrations)
+    return framework.eval_batch(dev_samples), eval_rows
+
+
+def evaluate_and_write(framework: Framework, output_dir: Path, train_set, dev_rows, eval_rows) -> dict:
+    """Evaluate the model, trained or not, and write its files and predictions, as the flags ask; return the metrics."""
     args, measured = framework.args, {}
+    framework.load()
     write_models(framework, output_dir)
     if dev_rows.samples:
         measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
-        found = framework.predict(eval_rows)
-        measured |= framework.evaluator.metrics(found)
+        predictions = framework.predict(eval_rows)
+        measured |= framework.evaluator.metrics(predictions)
         if args.predictions and collectives.is_main_process():
             path = Path(args.predictions)
-            lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
-            several = (args.num_train_sets or 1) > 1
-            checkpoints.write_atomically(results.set_path(path, train_set) if several else path, lines)
+            several_sets = (args.num_train_sets or 1) > 1
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+            checkpoints.write_atomically(results.set_path(path, train_set) if several_sets else path, lines)
     if args.staged:
-        lora, progress = framework.lora_module, not args.disable_tqdm
         measured["staged"] = staged_results.evaluate_prefixes(
-            lora, lambda: framework.evaluate(eval_rows, False), args.staged, progress
+            framework.lora_module, lambda: framework.evaluate(eval_rows, False), args.staged, not args.disable_tqdm
         )
         logger.info("\n".join(staged_results.format_stages(measured["staged"], framework.task.metric_name)))
     return measured
 
 
 def write_models(framework: Framework, output_dir: Path) -> None:
-    """The files of `--save_merged` and `--export_rank`."""
+    """Write the files of `--save_merged` and `--export_rank`."""
     args = framework.args
     if args.save_merged and collectives.is_main_process():
         framework.save_merged(output_dir / "merged")
@@ -134,9 +214,9 @@ def write_models(framework: Framework, output_dir: Path) -> None:
 
 
 def replay(args: OurArguments) -> int:
-    """`--replay`: the trained weights again, from the pretrained model and a few kilobytes."""
-    start, first = time.perf_counter(), args.train_set_seed
-    output_dir = args.run_dir(args.seed if first is None else first)
+    """Rebuild the trained weights from the pretrained model and a trajectory (`--replay`); return the exit status."""
+    start = time.perf_counter()
+    output_dir = args.run_dir(args.seed if args.train_set_seed is None else args.train_set_seed)
     args.announce()
     with checkpoints.lock_output_dir(output_dir):
         framework = Framework(args, None)
@@ -146,75 +226,44 @@ def replay(args: OurArguments) -> int:
     return 0
 
 
+# ---- errors ----
+
+
+def report(raised: Exception) -> int:
+    """Print one line for the person at the terminal, and return the exit status; raises what only a traceback tells."""
+    error = collectives.peer_lost_error(raised) if collectives.is_network_error(raised) else raised
+    line = message(error)
+    if not line:
+        raise raised
+    # Rank 0 may be the rank that is lost: then rank 1 speaks.
+    speaks_for_rank_0 = isinstance(error, collectives.PeerLost) and collectives.rank() == 1
+    print_error(f"error: {line}", on_this_rank=speaks_for_rank_0 or not isinstance(error, EXPECTED_ERRORS))
+    return 2 if isinstance(error, UsageError | ImportError | pickle.UnpicklingError) else 1
+
+
 def message(error: Exception) -> str | None:
-    """What to tell the person at the terminal; None where only a traceback tells it."""
-    if isinstance(error, EXPECTED_ERRORS) or checkpoints.is_disk_full(error):
-        return " ".join(str(error).split())
-    words = str(error)
-    if isinstance(error, ImportError):  # a package that a flag asks for
-        return " ".join(words.split())
+    """Return what to tell the person at the terminal, or None where only a traceback tells it."""
+    text = str(error)
+    # An ImportError names a package that a flag asks for.
+    if isinstance(error, (*EXPECTED_ERRORS, ImportError)) or checkpoints.is_disk_full(error):
+        return " ".join(text.split())
     if isinstance(error, pickle.UnpicklingError):
         return "a file of the checkpoint holds more than numbers and is not read; --overwrite starts afresh"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in words:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
-            f"out of memory ({words.splitlines()[0] if words else type(error).__name__}): lower "
+            f"out of memory ({text.splitlines()[0] if text else type(error).__name__}): lower "
             "--per_device_train_batch_size or --max_length, or load the model with --load_bfloat16; the same command "
             "goes on from the last checkpoint"
         )
     return None
 
 
-def print_error(words: str, alone: bool = False) -> None:
-    """The last line of a run that does not end well: rank 0's, and of another rank what it `alone` knows."""
+def print_error(text: str, on_this_rank: bool = False) -> None:
+    """Print the last line of a run that does not end well: rank 0's, and of another rank what it alone knows."""
     if collectives.is_main_process():
-        print(f"run.py: {words}", file=sys.stderr)
-    elif alone:
-        print(f"run.py: rank {collectives.rank()}: {words}", file=sys.stderr)
-
-
-def main(argv=None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    keep_pages()
-    try:
-        args = parse(argv)
-        if args.replay:
-            return replay(args)
-        task = get_task(args.task_name, args.data_dir, args.own, args.metric)
-        sets = draw_train_sets(args, task)
-        path = results.result_path(args, [seed for seed, _, _ in sets])
-        made = Path(args.output_dir) / "config.json" if args.save_merged or args.export_rank else None
-        for flag, file in (("--result_file", path), ("--predictions", args.predictions), ("--output_dir", made)):
-            if file:
-                checkpoints.check_writable(file, flag)
-        args.announce()
-        measured = []
-        for one in sets:
-            measured.append(run_set(args, task, *one))
-            gc.collect()  # the trainer and its callbacks hold each other, and the model, while the next one loads
-            if len(sets) > 1 and collectives.is_main_process():
-                results.write_result(results.set_path(path, one[0]), args, measured[-1:])
-        if not collectives.is_main_process():
-            return 0
-        result = results.write_result(path, args, measured)
-        if args.staged:
-            labels = [f"trainset{one['train_set']}" for one in measured]
-            staged_results.plot([one["staged"] for one in measured], labels, task.metric_name, path.with_suffix(".png"))
-    except utils.Interrupted as signal:
-        print_error(f"stopped by {signal}; the same command goes on from the last checkpoint")
-        return stop_signals.EXIT_REQUEUE
-    except KeyboardInterrupt:
-        print_error("interrupted; the same command goes on from the last checkpoint")
-        return 130
-    except Exception as raised:
-        error = collectives.peer_lost_error(raised) if collectives.is_network_error(raised) else raised
-        said = message(error)
-        if not said:
-            raise
-        lost = isinstance(error, collectives.PeerLost) and collectives.rank() == 1  # rank 0 itself, perhaps
-        print_error(f"error: {said}", alone=lost or not isinstance(error, EXPECTED_ERRORS))
-        return 2 if isinstance(error, UsageError | ImportError | pickle.UnpicklingError) else 1
-    logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
-    return 0
+        print(f"run.py: {text}", file=sys.stderr)
+    elif on_this_rank:
+        print(f"run.py: rank {collectives.rank()}: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from cli import arguments
+from cli.command_line import parse
 from lora import LoRA
 from scoring import Example, loss, pack
 from trainer import OurTrainer
@@ -122,7 +122,7 @@ def merges(flags: str) -> list[int]:
     m = model()
     with tempfile.TemporaryDirectory() as folder:
         common = f"--trainer zo --xgblora --output_dir {folder} --save_strategy no --use_cpu True --disable_tqdm True"
-        args = arguments.parse(f"{common} --logging_strategy no --log_level error {flags}".split())
+        args = parse(f"{common} --logging_strategy no --log_level error {flags}".split())
         data = [Example([[*row.tolist(), 1], [*row.tolist(), 2]], [1, 1], i % 2) for i, row in enumerate(IDS)]
         trainer = OurTrainer(
             model=m, args=args, train_dataset=data * 4, data_collator=pack, loss_fn=lambda m, x: loss(m, x, True)

@@ -1,4 +1,4 @@
-"""Small things that every room may use: the error of bad input, tokenizers, prompts as token ids, the machine.
+"""What every folder may use: the error of bad input, tokenizers, prompts as token ids, and the device of a layer.
 
 `encode_prompt` is where text becomes numbers; the ids that it gives are those of the MeZO code (arXiv 2305.17333).
 """
@@ -12,26 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop. No Exception, so that no `except Exception` on the way takes it for a failure."""
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a layer that has a weight computes."""
-    if not module.weight.is_meta:
-        return module.weight.device
-    hook = module._hf_hook  # of several hooks the first is the one that brings the weight
-    return torch.device(getattr(hook, "hooks", [hook])[0].execution_device)
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: to the embedding."""
-    return execution_device(model.get_input_embeddings())
-
-
-# Where it is installed, peft imports it, and it says at every start which of its fast kernels it lacks.
+# Where bitsandbytes is installed, peft imports it, and it says at every start which of its fast kernels it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -39,8 +20,16 @@ class UsageError(ValueError):
     """Bad input: one line that says what is wrong and what to type instead. `run.py` prints it and exits with 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop. No Exception, so that no `except Exception` on the way takes it for a failure."""
+
+
 def load_from_file(name: str):
-    """What `file.py:name` stands for, or None where there is no such file or nothing of that name in it."""
+    """Return the object that `file.py:name` names, or None where there is no such file or no such name in it.
+
+    Raises:
+        UsageError: the file is not Python.
+    """
     path, _, attribute = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         return None
@@ -53,11 +42,27 @@ def load_from_file(name: str):
     return getattr(module, attribute, None)
 
 
-def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
-    """Tokenizer of a hub name, a directory or a `.gguf` file; its own code runs only with `trust`.
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device on which a layer with a weight computes; offloaded weights come there for each call."""
+    if not module.weight.is_meta:
+        return module.weight.device
+    hook = module._hf_hook  # of several hooks the first is the one that brings the weight
+    return torch.device(getattr(hook, "hooks", [hook])[0].execution_device)
 
-    `model_type="opt"` sets the BOS id to 0, as the MeZO code does: its published numbers rest on prompts that start
-    with 0, not with OPT's own 2. Today's tokenizers write the BOS from a post-processor, which has to be told.
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device where token ids go: that of the embedding."""
+    return execution_device(model.get_input_embeddings())
+
+
+def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
+    """Return the tokenizer of a hub name, a directory or a `.gguf` file.
+
+    Args:
+        path: the name, directory or file.
+        model_type: "opt" sets the BOS id to 0, as the MeZO code does: its published numbers rest on prompts that start
+            with 0, not with OPT's own 2. Today's tokenizers write the BOS from a post-processor, which has to be told.
+        trust: run code that comes with the tokenizer.
     """
     path = str(path)
     if path.endswith(".gguf"):
@@ -73,28 +78,29 @@ def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
 
 
 def encode_prompt(
-    task,
-    template,
-    train_samples,
-    eval_sample,
-    tokenizer,
-    max_length: int,
-    sfc: bool = False,
-    icl_sfc: bool = False,
-    generation: bool = False,
-    generation_with_gold: bool = False,
-    max_new_tokens: int | None = None,
-) -> tuple[list[list[int]], list[int]]:
-    """Token ids of every candidate behind its prompt, and how many of them are the candidate's.
+    task, template, train_samples, eval_sample, tokenizer, max_length: int, sfc: bool = False, icl_sfc: bool = False,
+    generation: bool = False, generation_with_gold: bool = False, max_new_tokens: int | None = None,
+) -> tuple[list[list[int]], list[int]]:  # fmt: skip
+    """Return the token ids of every candidate behind its prompt, and how many of them are the candidate's.
 
-    Demonstrations (`train_samples`) are joined by `task.train_sep` and stand in front; `sfc` takes the prompt without
-    input and without demonstrations, `icl_sfc` the same with them. `generation` gives one prompt and option length 0,
-    with `generation_with_gold` the correct answer behind it. The option length is counted on whole strings,
-    len(tok(prompt + candidate)) - len(tok(prompt)), because a tokenizer may merge across the seam.
+    The number of a candidate's tokens is counted on whole strings, len(tok(prompt + candidate)) - len(tok(prompt)),
+    because a tokenizer may merge across the seam. A prompt longer than `max_length` loses tokens on its left, as many
+    for each candidate of an example, so that all of them keep the same context; a BOS stays.
 
-    A prompt longer than `max_length` loses tokens on its left, as many for each candidate of an example, so that all
-    of them keep the same context; a BOS stays. Raises UsageError where no prompt token would be left beside an option
-    or where an option has no token.
+    Args:
+        task: gives the text between demonstrations, `train_sep`.
+        template: turns samples into text.
+        train_samples: demonstrations, in front of the prompt.
+        eval_sample: the sample.
+        max_length: the longest encoding in tokens.
+        sfc: take the prompt without input and without demonstrations.
+        icl_sfc: take the prompt without input behind the demonstrations.
+        generation: give one prompt, and option length 0.
+        generation_with_gold: with `generation`, put the correct answer behind the prompt.
+        max_new_tokens: with `generation`, tokens of the answer that `max_length` has to hold too.
+
+    Raises:
+        UsageError: no prompt token would be left beside an option, or an option has no token.
     """
     return prompt_tokens(
         task, template, train_samples, eval_sample, tokenizer, max_length, sfc, icl_sfc, generation,
@@ -106,7 +112,7 @@ def prompt_tokens(
     task, template, train_samples, eval_sample, tokenizer, max_length, sfc=False, icl_sfc=False, generation=False,
     generation_with_gold=False, max_new_tokens=None,
 ) -> tuple[list[list[int]], list[int], int]:  # fmt: skip
-    """`encode_prompt`, and how many tokens the longest candidate lost on its left."""
+    """Return what `encode_prompt` returns, and how many tokens the longest candidate lost on its left."""
     calibrated = sfc or icl_sfc
     encode = template.encode_sfc if calibrated else template.encode
     verbalize = template.verbalize_sfc if calibrated else template.verbalize
@@ -120,68 +126,75 @@ def prompt_tokens(
         texts = [verbalize(eval_sample, eval_sample.correct_candidate).strip(" ")]
     else:
         texts = [prompt]
-    whole = texts if sfc else [(demonstrations + task.train_sep + text).lstrip().strip(" ") for text in texts]
-    distinct = list(dict.fromkeys([prompt, *texts, *whole]))
+    full_texts = texts
+    if not sfc:
+        full_texts = [(demonstrations + task.train_sep + text).lstrip().strip(" ") for text in texts]
+    distinct = list(dict.fromkeys([prompt, *texts, *full_texts]))
     ids = dict(zip(distinct, tokenizer(distinct, return_attention_mask=False, verbose=False)["input_ids"], strict=True))
     option_lens = [len(ids[text]) - len(ids[prompt]) for text in texts]
-    encodings = [ids[text] for text in whole]
-
+    encodings = [ids[text] for text in full_texts]
     open_ended = generation and not generation_with_gold
     if not open_ended:
-        empty = [candidate for candidate, n in zip(eval_sample.candidates or texts, option_lens, strict=False) if n < 1]
-        if empty:
-            raise UsageError(f"example {eval_sample.id}: option {empty[0]!r} has no token of its own")
-        if any(len(ids) == n for ids, n in zip(encodings, option_lens, strict=True)):
-            # A bare label word (calibration) on a tokenizer without BOS: something must predict its first token.
-            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            encodings = [[start, *ids] for ids in encodings]
+        encodings = with_first_token(encodings, option_lens, eval_sample, texts, tokenizer)
     room = max_length - (max_new_tokens or 0 if generation else 0)
-    cut, keep = max(0, max(map(len, encodings)) - room), 0
+    cut = max(0, max(map(len, encodings)) - room)
+    keep = int(cut > 0 and encodings[0][0] == tokenizer.bos_token_id)
     if cut:
-        keep = int(encodings[0][0] == tokenizer.bos_token_id)
         encodings = [ids[:keep] + ids[keep + cut :] for ids in encodings]
     if any(len(ids) - n - keep < 1 for ids, n in zip(encodings, option_lens, strict=True)):
-        taken = f"an option of {max(option_lens)} tokens" if not open_ended else "an answer"
+        beside = "an answer" if open_ended else f"an option of {max(option_lens)} tokens"
         answer = f" and --max_new_tokens {max_new_tokens}" if generation and max_new_tokens else ""
         raise UsageError(
-            f"--max_length {max_length}{answer} leaves no prompt token beside {taken} (example {eval_sample.id}); give "
-            f"--max_length {max_length - room + max(option_lens) + keep + 1} or more"
+            f"--max_length {max_length}{answer} leaves no prompt token beside {beside} (example {eval_sample.id}); "
+            f"give --max_length {max_length - room + max(option_lens) + keep + 1} or more"
         )
     return encodings, option_lens, cut
 
 
+def with_first_token(encodings, option_lens, eval_sample, texts, tokenizer) -> list[list[int]]:
+    """Return the encodings with a token in front of bare options, which something must predict the first token of.
+
+    A bare label word comes of a calibration prompt on a tokenizer without BOS.
+
+    Raises:
+        UsageError: an option has no token.
+    """
+    for candidate, n in zip(eval_sample.candidates or texts, option_lens, strict=False):
+        if n < 1:
+            raise UsageError(f"example {eval_sample.id}: option {candidate!r} has no token of its own")
+    if any(len(ids) == n for ids, n in zip(encodings, option_lens, strict=True)):
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [[start, *ids] for ids in encodings]
+    return encodings
+
+
 def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list[int], list[int], int]:
-    """(token ids, positions of those to be learned, how many were cut on the left) of a text to be learned.
+    """Return token ids of a text to be learned, the positions to be learned, and how many were cut on the left.
 
     A row with `messages` goes through the tokenizer's chat template, and what is learned is what the assistant says,
-    the end of its turn included; one with `prompt` and `response` is the two strings and an end-of-text token, and the
-    response is learned. Raises UsageError where the tokenizer has no chat template, or one whose text for the first
-    turns is not the beginning of its text for all.
+    the end of its turn included. A row with `prompt` and `response` is the two strings and an end-of-text token, and
+    the response is learned.
+
+    Args:
+        row: the columns.
+        max_length: the longest text in tokens.
+        where: the row's place, for errors.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or a template whose text for the first turns is not the
+            beginning of its text for all; or no token to learn is left.
     """
-    if "messages" not in row:
-        text, spans = row["prompt"] + row["response"], [(len(row["prompt"]), len(row["prompt"] + row["response"]))]
+    is_chat = "messages" in row
+    if is_chat:
+        text, spans = chat_text(tokenizer, row["messages"], where)
     else:
-        if not tokenizer.chat_template:
-            raise UsageError("the model's tokenizer has no chat template; columns prompt and response need none")
-        turns, spans = row["messages"], []
-
-        def render(n: int, **more) -> str:
-            try:
-                return tokenizer.apply_chat_template(turns[:n], tokenize=False, **more) if n else ""
-            except Exception as error:  # templates raise for roles and orders that their model was not trained on
-                raise UsageError(f"{where}: the chat template refuses these turns ({error})") from error
-
-        text = render(len(turns))
-        for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-            before, after = render(i, add_generation_prompt=True), render(i + 1)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise UsageError(f"{where}: the chat template rewrites earlier turns when later ones follow")
-            spans.append((len(before), len(after)))
-    chat = "messages" in row  # its template writes the special tokens itself
-    encoded = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False)
+        text = row["prompt"] + row["response"]
+        spans = [(len(row["prompt"]), len(text))]
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
     ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-    learned = [p for p, end in enumerate(ends) if any(a < end <= b for a, b in spans)]
-    if not chat:
+    learned = [p for p, end in enumerate(ends) if any(start < end <= stop for start, stop in spans)]
+    if not is_chat:
         learned.append(len(ids))
         ids.append(tokenizer.eos_token_id)
     cut = max(0, len(ids) - max_length)
@@ -191,3 +204,30 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
     if not learned:
         raise UsageError(f"{where}: no token to learn within --max_length {max_length}")
     return ids, learned, cut
+
+
+def chat_text(tokenizer, turns: list[dict], where: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat, and the (start, end) of what the assistant says in it, in characters.
+
+    Raises:
+        UsageError: there is no chat template, it refuses these turns, or it rewrites earlier turns when later ones
+            follow.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("the model's tokenizer has no chat template; columns prompt and response need none")
+
+    def render(n: int, **options) -> str:
+        try:
+            return tokenizer.apply_chat_template(turns[:n], tokenize=False, **options) if n else ""
+        except Exception as error:  # templates raise for roles and orders that their model was not trained on
+            raise UsageError(f"{where}: the chat template refuses these turns ({error})") from error
+
+    text, spans = render(len(turns)), []
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before, after = render(i, add_generation_prompt=True), render(i + 1)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UsageError(f"{where}: the chat template rewrites earlier turns when later ones follow")
+        spans.append((len(before), len(after)))
+    return text, spans

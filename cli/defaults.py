@@ -42,9 +42,9 @@ RECIPES = {
 
 
 def scale_rate_by_length(rate: float, steps: int) -> float:
-    """The rate of normalised steps in a run of so many; 0 or less: not known.
+    """Return the rate of normalised steps in a run of `steps` steps (0 or less: the length is not known).
 
-    A step has one length however small g has become, so that the noise of a run grows with Σ η²: beyond LENGTH steps
+    A step has one length however small g has become, so that the noise of a run grows with Σ η². Beyond SEARCHED_STEPS
     the rate falls as 1/√steps, which keeps that sum (research/EXPERIMENTS.md).
     """
     return rate * min(1.0, math.sqrt(SEARCHED_STEPS / max(steps, 1)))
@@ -53,19 +53,27 @@ def scale_rate_by_length(rate: float, steps: int) -> float:
 def default_rates(
     trainer: str, mode: str, normalize: bool, freeze_a: bool, scaling: float, upper: bool = False, steps: int = 0
 ) -> tuple[float, float | None]:
-    """(learning rate, eps) of the table for these choices, (0, None) where there is no training.
+    """Return the (learning rate, eps) of the table for these choices, (0, None) where there is no training.
 
     With B alone trained the model sees scaling · B A, so both follow exactly from their values at another scaling. With
     the `upper` half of the layers alone, whose curvature is a seventh, a normalised step may be twice as long.
+
+    Args:
+        trainer, mode, normalize, freeze_a: the key of the table.
+        scaling: alpha / rank.
+        upper: whether the upper half of the layers is adapted.
+        steps: length of the run; 0 where it is not known.
     """
-    zo = trainer == "zo"
-    learning_rate, eps = DEFAULTS.get((trainer, mode, zo and normalize, zo and freeze_a), (0.0, None))
-    if zo and normalize and learning_rate:
+    zeroth_order = trainer == "zo"
+    key = (trainer, mode, zeroth_order and normalize, zeroth_order and freeze_a)
+    learning_rate, eps = DEFAULTS.get(key, (0.0, None))
+    if zeroth_order and normalize and learning_rate:
         learning_rate = scale_rate_by_length(learning_rate, steps)
-    if zo and freeze_a:
-        learning_rate *= 2 if upper and normalize else 1
+    if zeroth_order and freeze_a:
         ratio = SEARCHED_SCALING / scaling
-        learning_rate, eps = learning_rate * ratio ** (1 if normalize else 2), eps * ratio
+        learning_rate *= 2 if upper and normalize else 1
+        learning_rate *= ratio ** (1 if normalize else 2)
+        eps *= ratio
     return learning_rate, eps
 
 
@@ -79,68 +87,81 @@ GRIDS = {
 
 
 def settings_block(args) -> dict[str, str]:
-    """{name: value} of the settings that matter, as they took effect."""
+    """Return {name: value} of the settings that matter, as they took effect."""
     bits = f", {args.bits}-bit layers" if args.bits else ""
-    placed = f", placed by {args.device_map}" if args.device_map else ""
-    rows = {
+    placement = f", placed by {args.device_map}" if args.device_map else ""
+    block = {
         "task": args.task_name,
-        "model": f"{args.model_name} in {str(args.dtype).removeprefix('torch.')}{bits}{placed}",
+        "model": f"{args.model_name} in {str(args.dtype).removeprefix('torch.')}{bits}{placement}",
         "mode": f"{args.mode}, trainer {args.trainer}, seed {args.seed}",
     }
     if args.trainer != "none":
-        rows["learning rate"] = f"{args.learning_rate:g} ({args.lr_scheduler_type.value})"
-        accumulated = args.gradient_accumulation_steps
-        rows["batch"] = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
-        rows["batch"] += f", divided among {args.shares} ranks" if args.shares > 1 else ""
-        rows["batch"] += ", and so are the weights" if args.sharded else ""
-        rows["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        rows["objective"] = args.objective or (
-            "classification" if args.train_as_classification else "language modelling"
-        )
+        block |= training_block(args)
     if args.trainer == "zo":
-        rows["zeroth order"] = f"eps {args.zo_eps:g}, {args.zo_method}, {args.zo_queries} x {args.zo_distribution}" + (
-            ", normalised" if args.zo_normalize else ""
-        )
+        block["zeroth order"] = f"eps {args.zo_eps:g}, {args.zo_method}, {args.zo_queries} x {args.zo_distribution}"
+        block["zeroth order"] += ", normalised" if args.zo_normalize else ""
     if args.lora or args.xgblora:
-        ranks, only = args.xgblora_rank_schedule or args.lora_r, ", B only" if args.lora_freeze_a else ""
-        rows["adapters"] = f"rank {ranks}, alpha {args.lora_alpha:g}{only}, layers {args.xgblora_layers}"
+        ranks = args.xgblora_rank_schedule or args.lora_r
+        trained = ", B only" if args.lora_freeze_a else ""
+        block["adapters"] = f"rank {ranks}, alpha {args.lora_alpha:g}{trained}, layers {args.xgblora_layers}"
     if args.xgblora and args.trainer != "none":
         every, epochs = args.xgblora_steps_per_iteration, args.xgblora_merge_frequency
-        rows["boosting"] = f"a booster every {f'{every} steps' if every else f'{epochs} epochs'}"
-        rows["boosting"] += " (--xgblora takes the place of --lora)" if args.lora else ""
+        block["boosting"] = f"a booster every {f'{every} steps' if every else f'{epochs} epochs'}"
+        block["boosting"] += " (--xgblora takes the place of --lora)" if args.lora else ""
     if args.prefix_tuning:
-        rows["prefix"] = f"{args.num_prefix} tokens" + ("" if args.no_reparam else ", reparametrised")
-    return rows
+        block["prefix"] = f"{args.num_prefix} tokens" + ("" if args.no_reparam else ", reparametrised")
+    return block
+
+
+def training_block(args) -> dict[str, str]:
+    """Return the settings that both trainers have."""
+    accumulated = args.gradient_accumulation_steps
+    batch = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
+    batch += f", divided among {args.shares} ranks" if args.shares > 1 else ""
+    batch += ", and so are the weights" if args.sharded else ""
+    loss = "classification" if args.train_as_classification else "language modelling"
+    return {
+        "learning rate": f"{args.learning_rate:g} ({args.lr_scheduler_type.value})",
+        "batch": batch,
+        "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "objective": args.objective or loss,
+    }
 
 
 def warnings(args) -> list[str]:
-    """What looks like a mistake, a line each: values outside the published grid of their mode, slow dtypes."""
-    said = []
+    """Return what looks like a mistake, a line each: values outside the published grid of their mode, slow dtypes."""
+    lines = []
     rates, eps = GRIDS.get((args.trainer, args.mode), (None, None))
     if args.zo_normalize or args.lora_freeze_a or (args.mode == "lora" and args.lora_alpha / args.lora_r != 2):
         rates = None  # published for plain steps, and for rank 8 with alpha 16
     if rates and not rates[0] <= args.learning_rate <= rates[1]:
-        said.append(
+        lines.append(
             f"--learning_rate {args.learning_rate:g} lies outside the published grid of mode {args.mode} with "
             f"--trainer {args.trainer}, {rates[0]:g} to {rates[1]:g}"
         )
     if rates and eps and args.zo_eps != eps:
-        said.append(f"--zo_eps {args.zo_eps:g}: mode {args.mode} is published with {eps:g}")
+        lines.append(f"--zo_eps {args.zo_eps:g}: mode {args.mode} is published with {eps:g}")
     elif args.trainer == "zo" and args.mode in ("lora", "xgblora") and args.zo_eps <= 1e-3:
-        said.append(f"--zo_eps {args.zo_eps:g} is for full fine-tuning: with adapters 0.01 tells more from rounding")
+        lines.append(f"--zo_eps {args.zo_eps:g} is for full fine-tuning: with adapters 0.01 tells more from rounding")
     if args.trainer == "zo" and args.weight_decay and args.mode != "ft":
-        said.append(f"--weight_decay {args.weight_decay:g} is for full fine-tuning: adapters do not decay")
+        lines.append(f"--weight_decay {args.weight_decay:g} is for full fine-tuning: adapters do not decay")
     if args.device.type == "cpu":
-        fast = cpu_has_bf16()
-        if args.load_float16:
-            said.append("float16 is slow on a CPU: " + ("--load_bfloat16 is fast here" if fast else "leave it out"))
-        elif fast and not args.load_bfloat16:
-            said.append("this CPU has bfloat16 in hardware: --load_bfloat16 is the fast choice here")
-        elif args.load_bfloat16 and not fast:
-            said.append("this CPU has no bfloat16 in hardware: float32 (no --load_bfloat16) is the fast choice here")
+        lines += cpu_warnings(args)
     if args.trainer == "regular" and args.load_float16:
-        said.append("gradients of float16 weights underflow: --load_bfloat16, or float32, trains more safely")
-    return said
+        lines.append("gradients of float16 weights underflow: --load_bfloat16, or float32, trains more safely")
+    return lines
+
+
+def cpu_warnings(args) -> list[str]:
+    """Return a line where another dtype is the fast choice on this CPU."""
+    fast = cpu_has_bf16()
+    if args.load_float16:
+        return ["float16 is slow on a CPU: " + ("--load_bfloat16 is fast here" if fast else "leave it out")]
+    if fast and not args.load_bfloat16:
+        return ["this CPU has bfloat16 in hardware: --load_bfloat16 is the fast choice here"]
+    if args.load_bfloat16 and not fast:
+        return ["this CPU has no bfloat16 in hardware: float32 (no --load_bfloat16) is the fast choice here"]
+    return []
 
 
 # Flags that a rerun may change without becoming another run: where and how often something is written or shown.
@@ -160,6 +181,6 @@ REPLAY_ID = {
     "model", "seed", "adapter", "boosters", "load_float16", "load_bfloat16", "load_int8", "load_int4",
     "prefix_tuning", "num_prefix", "no_reparam", "prefix_init_by_real_act", "head_tuning", "untie_emb",
     "lora", "lora_r", "lora_alpha", "lora_freeze_a", "lora_targets", "xgblora", "xgblora_ensemble",
-    "xgblora_rank_schedule", "xgblora_layers", "xgblora_a_warmup", "xgblora_adaptive", "xgblora_best",
+    "xgblora_rank_schedule", "xgblora_layers", "xgblora_adaptive", "xgblora_best",
     "weight_decay", "zo_distribution", "zo_queries", "zo_optim", "zo_method",
 }  # fmt: skip

@@ -12,58 +12,20 @@ meta device). Forward passes work there, and so does zeroth order with adapters;
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
 
-from cli import starter
 from utils import UsageError, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def read_device_map(name: str) -> str | dict[str, int | str]:
-    """`auto`, or the {module: device} of a file; raises UsageError where it is none."""
-    if name == "auto":
-        return name
-    try:
-        found = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--device_map {name} is neither auto nor a file of JSON ({error})") from error
-    devices = found.values() if isinstance(found, dict) else [None]
-    if not found or not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in devices):
-        raise UsageError(f'--device_map {name}: not of the form {{"model.layers.0": 0, "model.layers.1": "cpu", …}}')
-    return found
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether the model is spread, and accelerate's hooks move what goes into its layers."""
-    return hasattr(model, "_hf_hook")
-
-
-def describe_placement(model: nn.Module) -> str:
-    """How many parts of the model are where."""
-    return ", ".join(f"{n} on {device}" for device, n in Counter(map(str, model.hf_device_map.values())).items())
-
-
-def check_offloaded(args, model: nn.Module) -> None:
-    """Raise UsageError where this run would have to write to offloaded weights, or to hold all of them."""
-    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
-    if not offloaded:
-        return
-    where = f"--device_map {args.device_map} offloads {len(offloaded)} weights ({offloaded[0]}, …)"
-    if args.trainer == "regular":
-        raise UsageError(f"{where}, and back-propagation would keep them all: --trainer zo")
-    if args.trainer == "zo" and not (args.lora or args.xgblora or args.prefix_tuning):
-        raise UsageError(f"{where}, which a full fine-tune can't write to: --lora, --xgblora or --prefix_tuning train")
-    if args.save_merged:
-        raise UsageError(f"{where}, which --save_merged would have to hold: leave --device_map out for it")
-
-
-def as_usage_error(name: str, read):
-    """`read()`; raises UsageError where that fails in any way."""
+def as_usage_error(name: str, read: Callable):
+    """Return `read()`; raises UsageError where that fails in any way."""
     try:
         return read()
     except UsageError:
@@ -80,19 +42,32 @@ def as_usage_error(name: str, read):
         ) from error
 
 
+# ---- configuration and tokenizer ----
+
+
 def read_model_config(name: str, trust: bool = False):
-    """The configuration, or None of a `.gguf` file; raises UsageError where it is not a causal language model's."""
+    """Return the configuration, or None of a `.gguf` file.
+
+    Raises:
+        UsageError: there is no such model, or it is not a causal language model.
+    """
     if name.endswith(".gguf"):
         return None
     config = as_usage_error(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust))
-    known = config.architectures or []
-    if known and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in known):
-        raise UsageError(f"--model_name {name} is a {known[0]}, not a causal language model")
+    architectures = config.architectures or []
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        raise UsageError(f"--model_name {name} is a {architectures[0]}, not a causal language model")
     return config
 
 
-def longest_row(config, wished: int) -> int:
-    """How many tokens a row may have: `wished`, or fewer where the model takes no more.
+def read_tokenizer(name: str, config, trust: bool = False):
+    """Return the tokenizer of a model; raises UsageError where there is none."""
+    model_type = config.model_type if config else None
+    return as_usage_error(name, lambda: load_tokenizer(name, model_type, trust))
+
+
+def longest_row(config, max_length: int) -> int:
+    """Return how many tokens a row may have: `max_length`, or fewer where the model takes no more.
 
     LongRoPE (Phi-3 128k) changes the frequencies of all rows of a batch where one of them is longer than those of its
     first training, so that a score would depend on its neighbours: rows stay below.
@@ -100,23 +75,34 @@ def longest_row(config, wished: int) -> int:
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
     first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    if first and first < wished:
+    if first and first < max_length:
         logger.warning("rows are cut to %d tokens: beyond them this model's positions depend on the whole batch", first)
-    return min([wished, *filter(None, [*limits, first])])
+    return min([max_length, *filter(None, [*limits, first])])
 
 
-def read_tokenizer(name: str, config, trust: bool = False):
-    return as_usage_error(name, lambda: load_tokenizer(name, config.model_type if config else None, trust))
+# ---- weights ----
 
 
 def read_model(
     name: str, dtype: torch.dtype, trust: bool = False, device="cpu", bits: int | None = None,
     device_map: str | None = None, offload_folder: str | None = None,
 ):  # fmt: skip
-    """The model in that dtype, in eval mode on its device, or spread by `device_map` (placement.py); `bits`: 8 or 4 for
-    weights that bitsandbytes quantises. Raises UsageError where weights are missing."""
+    """Return the model in eval mode.
+
+    Args:
+        name: a hub name, a directory or a `.gguf` file.
+        dtype: of its weights.
+        trust: run code that comes with the model.
+        device: where it goes, unless `device_map` spreads it.
+        bits: 8 or 4 for Linear weights that bitsandbytes quantises; None for none.
+        device_map: "auto" or a JSON file, see `read_device_map`.
+        offload_folder: where layers go that can't be read from the model's own files.
+
+    Raises:
+        UsageError: the model can't be read, or weights are missing.
+    """
     if name.endswith(".gguf"):
-        return as_usage_error(name, lambda: starter.load_gguf(name, dtype)).to(device).eval()
+        return as_usage_error(name, lambda: load_gguf(name, dtype)).to(device).eval()
     options = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": trust}
     if bits:
         options |= {"quantization_config": quantization_config(bits, dtype), "device_map": {"": device}}
@@ -124,18 +110,35 @@ def read_model(
         options |= {"device_map": read_device_map(device_map), "offload_folder": offload_folder}
     model, info = as_usage_error(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
     if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
-        raise UsageError(f"--model_name {name}: the weights lack {lacking[0]} ({len(lacking)} in all)")
+        missing = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
+        raise UsageError(f"--model_name {name}: the weights lack {missing[0]} ({len(missing)} in all)")
     if is_spread(model):
         if len(model.hf_device_map) == 1:  # accelerate would move a model whose map has one entry, and fail
-            model.hf_device_map = {name: model.hf_device_map[""] for name, _ in model.named_children()}
+            model.hf_device_map = {child: model.hf_device_map[""] for child, _ in model.named_children()}
         logger.info("--device_map %s: parts of the model: %s", device_map, describe_placement(model))
     return (model if bits or is_spread(model) else model.to(device)).eval()
 
 
+def load_gguf(path, dtype: torch.dtype):
+    """Return the model of a `.gguf` file, dequantised into `dtype`.
+
+    Without `dequantize=True` weights can stay packed, and then neither the Trainer nor `save_pretrained` takes them.
+    """
+    path = Path(path)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+
+
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """8 bits a row (arXiv 2208.07339), without its outlier columns: what else is in the batch chooses them, and scores
-    would depend on it. 4 bits: NF4 with double quantisation (arXiv 2305.14314)."""
+    """Return the quantisation of `--load_int8` or `--load_int4`.
+
+    8 bits a row (arXiv 2208.07339), without its outlier columns: the rest of the batch chooses them, and scores would
+    depend on it. 4 bits: NF4 with double quantisation (arXiv 2305.14314).
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -147,23 +150,71 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def use_differentiable_kernels(model) -> None:
-    """Keep 4-bit layers from the layout of bitsandbytes' CPU kernel, which has no backward pass (its gradients would be
-    silently wrong)."""
+def use_differentiable_kernels(model: nn.Module) -> None:
+    """Keep 4-bit layers from the layout of bitsandbytes' CPU kernel, which has no backward pass.
+
+    Its gradients would be silently wrong.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def untie_head(model) -> None:
+def untie_head(model: nn.Module) -> None:
     """Give the head weights of its own, where it shares those of the embedding."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
 
 
-def train_head_only(model) -> None:
-    """Let the head alone be trained; where it is tied, the embedding is the head."""
+def train_head_only(model: nn.Module) -> None:
+    """Let only the head be trained; where the head is tied, it is the embedding too."""
     model.requires_grad_(False)
     model.get_output_embeddings().requires_grad_(True)
+
+
+# ---- a model over several devices ----
+
+
+def read_device_map(name: str) -> str | dict[str, int | str]:
+    """Return "auto", or the {module: device} of a JSON file; raises UsageError where it is none."""
+    if name == "auto":
+        return name
+    try:
+        device_map = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--device_map {name} is neither auto nor a file of JSON ({error})") from error
+    devices = device_map.values() if isinstance(device_map, dict) else [None]
+    if not device_map or not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in devices):
+        raise UsageError(f'--device_map {name}: not of the form {{"model.layers.0": 0, "model.layers.1": "cpu", …}}')
+    return device_map
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether the model is spread, and accelerate's hooks move what goes into its layers."""
+    return hasattr(model, "_hf_hook")
+
+
+def describe_placement(model: nn.Module) -> str:
+    """Return how many parts of the model are where."""
+    return ", ".join(f"{n} on {device}" for device, n in Counter(map(str, model.hf_device_map.values())).items())
+
+
+def check_offloaded(args, model: nn.Module) -> None:
+    """Raise UsageError where a run would have to write to offloaded weights, or to hold all of them.
+
+    Args:
+        args: trainer, adapters, `device_map` and `save_merged` of the run.
+    """
+    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
+    if not offloaded:
+        return
+    where = f"--device_map {args.device_map} offloads {len(offloaded)} weights ({offloaded[0]}, …)"
+    if args.trainer == "regular":
+        raise UsageError(f"{where}, and back-propagation would keep them all: --trainer zo")
+    if args.trainer == "zo" and not (args.lora or args.xgblora or args.prefix_tuning):
+        raise UsageError(f"{where}, which a full fine-tune can't write to: --lora, --xgblora or --prefix_tuning train")
+    if args.save_merged:
+        raise UsageError(f"{where}, which --save_merged would have to hold: leave --device_map out for it")

@@ -1,14 +1,11 @@
-"""TODO cli.machine."""
+"""What this machine has and does: memory that is kept, bfloat16 in hardware, the peak of a process."""
 
 import ctypes
-import logging
 import re
 import resource
 from pathlib import Path
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 
 def keep_pages(keep: bool = True) -> None:
@@ -27,7 +24,7 @@ def keep_pages(keep: bool = True) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX); False where Linux can't tell."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX); False where Linux can't tell."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     except (OSError, IndexError):
@@ -36,7 +33,7 @@ def cpu_has_bf16() -> bool:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process in MB: allocated on the GPU where there is one, else resident.
+    """Return the peak memory of this process in MB: allocated on the GPU where there is one, else resident.
 
     Read from /proc where there is one: `ru_maxrss` of a new process starts at what its parent had.
     """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support.runs import adapter_bytes
 
 from boosters import peft_files
-from cli.arguments import parse
+from cli.command_line import parse
 from scoring import evaluate, logprobs, packing
 from scoring.prompts import language_modelling_example
 from trainer import OurTrainer

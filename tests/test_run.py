@@ -16,7 +16,7 @@ from support.runs import BOOST, ZO, adapter_bytes, in_folder, write_gguf
 from transformers import AutoModelForCausalLM
 
 import run
-from cli import results, starter
+from cli import load_model, results
 from lora import LoRA
 from training import checkpoints
 
@@ -366,7 +366,7 @@ def test_a_gguf_file_is_a_model_that_trains_and_can_be_saved(go, tmp_path):
 def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
 
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    model = starter.load_gguf(tmp_path / "tiny.gguf", torch.float32)
+    model = load_model.load_gguf(tmp_path / "tiny.gguf", torch.float32)
     expected = tiny_model("llama").state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 

