@@ -166,7 +166,7 @@ class Framework:
         if args.staged and not self.lora_module.xgblora:
             raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
         if args.adapter and self.lora_module:
-            self.lora_module.load(args.adapter, args.boosters, live=args.trainer != "none")
+            self.lora_module.load(args.adapter, args.boosters, keep_current=args.trainer != "none")
 
     def estimate_memory(self) -> memory_estimate.Estimate | None:
         """What memory the run will take, logged; None where that can't be told."""

@@ -299,11 +299,14 @@ class OurArguments(
     DataFlags, CustomTaskFlags, ModelFlags, GenerationFlags, TrainingFlags, ZerothOrderFlags, AdapterFlags,
     BoostingFlags, RankFlags, TrainingArguments,
 ):  # fmt: skip
-    """Every choice of a run, those of the library's `TrainingArguments` among them (those that inherited_flags.py supports).
+    """Every choice of a run, those of the library's `TrainingArguments` among them.
 
     Raises:
         UsageError: where choices exclude each other, need each other or lie out of range.
     """
+
+    xgblora_a_warmup = 0  # until trainer.py no longer reads them
+    xgblora_restart_lr = False
 
     def __post_init__(self):
         if self.non_diff and not self.objective:

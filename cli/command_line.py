@@ -3,7 +3,7 @@
     flags on the command line  >  flags in `--config` files  >  values of `--recipe`  >  defaults
 
 The flags themselves are the fields of `OurArguments`; which of the library's are among them stands in
-inherited_flags.py.
+cli/inherited_flags.py.
 """
 
 import argparse

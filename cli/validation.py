@@ -40,8 +40,8 @@ def validate(args, world_size: int = 1) -> None:
         training_errors(args),
         zeroth_order_errors(args),
         adapter_errors(args),
-        boosting_errors(args),
         output_errors(args),
+        boosting_errors(args),
         placement_errors(args, world_size),
     ):
         for message in errors:
@@ -143,6 +143,8 @@ def training_errors(args) -> Iterator[str]:
         yield "--max_steps 0 trains nothing: --trainer none evaluates"
     if zeroth_order and args.optim != TrainingArguments.default_optim:
         yield exclude("--trainer zo", f"--optim {args.optim}")
+    if zeroth_order and args.gradient_checkpointing:
+        yield exclude("--trainer zo", "--gradient_checkpointing (no activation is stored)")
     if zeroth_order:
         for name in given(args, "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"):
             yield f"--{name} needs --trainer regular"
@@ -214,8 +216,9 @@ def find_method(name: str) -> type[Method]:
 def adapter_errors(args) -> Iterator[str]:
     """LoRA and prefix tuning."""
     zeroth_order, trains, lora = args.trainer == "zo", args.trainer != "none", args.lora or args.xgblora
-    if args.lora and args.prefix_tuning:
-        yield exclude("--lora", "--prefix_tuning")
+    for name in ("xgblora", "lora"):
+        if getattr(args, name) and args.prefix_tuning:
+            yield exclude(f"--{name}", "--prefix_tuning")
     if args.prefix_tuning and not trains:
         yield "--prefix_tuning needs a --trainer"
     if args.prefix_tuning and args.gradient_checkpointing:
@@ -239,8 +242,6 @@ def boosting_errors(args) -> Iterator[str]:
     boosts = args.xgblora and trains
     saved_chain = args.adapter and not trains
     layers, _ = parse_layer_choice(args.xgblora_layers)
-    if args.xgblora and args.prefix_tuning:
-        yield exclude("--xgblora", "--prefix_tuning")
     if args.xgblora and args.lora_r not in (None, 1) and not args.xgblora_rank_schedule:
         yield f"--lora_r {args.lora_r} with --xgblora: boosters are of rank 1"
     for name in given(args, "xgblora_steps_per_iteration", "xgblora_merge_frequency"):

@@ -35,7 +35,7 @@ TRAINERS = ("zo", "regular")
 def test_each_field_of_the_library_stands_in_one_table():
     tables = [*SUPPORTED, *REFUSED, *REDEFINED]
     assert sorted(tables) == sorted(field.name for field in dataclasses.fields(TrainingArguments))
-    assert set(REDEFINED) <= set(arguments.OurArguments.__annotations__)
+    assert set(REDEFINED) <= {name for flags in arguments.FLAG_GROUPS.values() for name in flags.__annotations__}
     assert set(inherited_flags.DERIVED) <= set(REFUSED)
 
 
@@ -43,9 +43,7 @@ def test_the_parser_has_the_supported_flags_and_our_own():
     from cli.command_line import REMOVED, FlagParser
 
     options = FlagParser()._option_string_actions
-    expected = (
-        {field.name for field in dataclasses.fields(arguments.OurArguments)} - set(REFUSED) - set(REMOVED)
-    )
+    expected = {field.name for field in dataclasses.fields(arguments.OurArguments)} - set(REFUSED) - set(REMOVED)
     assert {action.dest for action in options.values()} == expected | {"help", "config"}
     for option in options:
         name = option.lstrip("-").replace("-", "_")
@@ -160,9 +158,7 @@ def started(model_dir, data_dir, tmp_path_factory):
                 given = (dict(zip(("accuracy", "loss"), values, strict=True)) for values in left)
                 patch.setattr(run.Framework, "evaluate", lambda self, *a, **k: next(given, {}))
             patch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
-            patch.setitem(
-                transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder
-            )
+            patch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
             library.addHandler(handler)
             try:
                 assert run.main(words.split()) == 0, stderr.getvalue()
@@ -364,9 +360,7 @@ TABLE = {
     ),
     "decay": Case("weight_decay", "--weight_decay 10", matrices_decay_and_norms_do_not, base=FULL),
     "autocast": Case("bf16 use_cpu", "--bf16 --use_cpu", losses_are_rounded_and_weights_are_not),
-    "bounded steps": Case(
-        "max_grad_norm", "--max_grad_norm 0.01", projected_gradients_are_bounded, trainers=("zo",)
-    ),
+    "bounded steps": Case("max_grad_norm", "--max_grad_norm 0.01", projected_gradients_are_bounded, trainers=("zo",)),
 }
 ROWS = [(name, trainer) for name, case in TABLE.items() for trainer in case.trainers]
 
@@ -381,9 +375,7 @@ def test_flag(started, name, trainer):
 
 # ---- back-propagation ----
 
-STEP = (
-    BASE.replace("--max_steps 4", "--max_steps 1") + " --trainer regular --max_grad_norm 0 --save_strategy no"
-)
+STEP = BASE.replace("--max_steps 4", "--max_steps 1") + " --trainer regular --max_grad_norm 0 --save_strategy no"
 
 
 def test_betas_and_epsilon_of_adamw(started):
@@ -442,9 +434,7 @@ def test_gradient_checkpointing_computes_twice_and_ends_with_the_same_weights(st
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     calls, forward = [], LlamaMLP.forward
-    monkeypatch.setattr(
-        LlamaMLP, "forward", lambda self, *a: calls.append(self.training) or forward(self, *a)
-    )
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, *a: calls.append(self.training) or forward(self, *a))
     counts, runs = [], []
     for more in ("--run_name plain", "--gradient_checkpointing"):  # a name of its own: not out of the cache
         calls.clear()
