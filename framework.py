@@ -15,12 +15,13 @@ from torch import Tensor
 import prefix
 from boosters import peft_files
 from boosters.targets import names_ending_in
-from cli import load_model, memory_estimate, validation
+from cli import load_model, validation
 from cli.arguments import OurArguments
 from cli.defaults import NOT_PART_OF_RUN_ID, REPLAY_ID
-from cli.machine import keep_pages
 from distributed import collectives, data_parallel, sharding
 from lora import LoRA
+from machine import memory_estimate
+from machine.resources import keep_pages
 from prefix import PrefixTuning
 from scoring import logprobs, metrics, packing, staged_results
 from scoring.evaluate import Evaluator, mean_loss

@@ -20,9 +20,9 @@ import torch
 from cli import results
 from cli.arguments import OurArguments
 from cli.command_line import EXAMPLES, parse
-from cli.machine import keep_pages
 from distributed import collectives, stop_signals
 from framework import Framework
+from machine.resources import keep_pages
 from scoring import staged_results
 from scoring.prompts import EvalBatch
 from tasks import get_task

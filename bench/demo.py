@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import run
-from cli import machine
 from cli.results import write_result as write_result
+from machine import resources
 from scoring import (
     logprobs,
     packing,
@@ -43,7 +43,7 @@ METHODS = {
 
 def framework(flags: str, seed: int) -> run.Framework:
     starter = ROOT / "starter"
-    dtype = "--load_bfloat16" if machine.cpu_has_bf16() or torch.cuda.is_available() else ""
+    dtype = "--load_bfloat16" if resources.cpu_has_bf16() or torch.cuda.is_available() else ""
     common = f"--model_name {starter / 'smollm2-135m'} --data_dir {starter} --task_name Reviews --seed {seed} {dtype}"
     return run.Framework(run.parse(f"{common} {flags}".split()), run.get_task("Reviews", starter))
 
@@ -74,7 +74,7 @@ def fit_steps(seconds: float, step: float, cached: bool) -> int:
 def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     """One method in a process of its own, so that its peak memory is its own; everything it found goes to a file."""
     run.logging.basicConfig(level=run.logging.WARNING)
-    machine.keep_pages()
+    resources.keep_pages()
     flags += f" --output_dir {OUT / name} --overwrite --train_as_classification --per_device_train_batch_size {BATCH}"
     flags += f" --max_steps {steps} --logging_steps 5 --save_steps {steps} --save_total_limit 1"
     trains = "--trainer zo" in flags
@@ -160,8 +160,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    machine.keep_pages()
-    fast = machine.cpu_has_bf16()
+    resources.keep_pages()
+    fast = resources.cpu_has_bf16()
     print(f"weights in {'bfloat16, which this CPU has' if fast else 'float32: this CPU has no bfloat16'} in hardware")
     steps = {name: args.steps for name in METHODS}
     if not args.steps:

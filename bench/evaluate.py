@@ -24,7 +24,7 @@ import torch
 from step import plain_loss, random_opt
 
 import run
-from cli import machine
+from machine import resources
 from scoring import (
     generate,
     logprobs,
@@ -169,15 +169,15 @@ def main() -> None:
     parser.add_argument("--peak", choices=["ours", "plain"], help="only print the peak memory of this side")
     args = parser.parse_args()
     if not args.default_malloc:
-        machine.keep_pages()
+        resources.keep_pages()
     if args.model_name == "opt-125m":
         args.model_name = str(random_opt("opt-125m", args.tokenizer, ROOT / "result" / "opt-125m", "cpu"))
-    before = machine.peak_memory_mb()
+    before = resources.peak_memory_mb()
     model = framework_of(args, "SST2", args.dtype).model
     if args.peak:
         task, demos, n_ours, n_plain = CASES[args.cases[0]]
         sides(framework_of(args, task, args.dtype, model), demos, min(n_ours, 200), n_plain)[args.peak == "plain"]()
-        print(machine.peak_memory_mb() - before)
+        print(resources.peak_memory_mb() - before)
         return
     print(f"\n{Path(args.model_name).name}, {args.dtype}, {torch.get_num_threads()} threads, {args.rounds} rounds")
     print(f"{'':18} {'rows':>5} {'plain ex/s':>11} {'ours ex/s':>10} {'ratio':>6} {'plain MB':>9} {'ours MB':>8}")

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import run
-from cli import machine
 from lora import LoRA
+from machine import resources
 from scoring import (
     logprobs,
     packing,
@@ -204,13 +204,13 @@ def main() -> None:
     parser.add_argument("--peak", choices=KINDS, help="only print the peak memory of this kind")
     args = parser.parse_args()
     if not args.default_malloc:
-        machine.keep_pages()
+        resources.keep_pages()
     if args.model_name in GEOMETRY:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         path = ROOT / "result" / args.model_name
         args.model_name = str(random_opt(args.model_name, args.tokenizer, path, device))
     if args.peak:
-        before = machine.peak_memory_mb()
+        before = resources.peak_memory_mb()
     for dtype in args.dtypes:
         sides = {kind: side(kind, args, dtype) for kind in ([args.peak] if args.peak else args.kinds)}
         framework = next(iter(sides.values()))[0]
@@ -223,13 +223,15 @@ def main() -> None:
         cached = sides.get("upper-B-cached")
         if cached:
             made = cached[0]
-            made.store = activation_cache.ActivationCache(made.model, *made.lora_module.first_adapted_layer, examples, plain=False)
+            made.store = activation_cache.ActivationCache(
+                made.model, *made.lora_module.first_adapted_layer, examples, plain=False
+            )
             examples = made.store.examples
         groups = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
         if args.peak:
             for group in groups[:3]:
                 sides[args.peak][1](on_device(packing.pack(group)), group)
-            print(machine.peak_memory_mb() - before)
+            print(resources.peak_memory_mb() - before)
             return
         seconds = {kind: [] for kind in (*args.kinds, "sweep", "z")}
         for i, group in enumerate(groups):

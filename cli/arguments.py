@@ -305,9 +305,6 @@ class OurArguments(
         UsageError: where choices exclude each other, need each other or lie out of range.
     """
 
-    xgblora_a_warmup = 0  # until trainer.py no longer reads them
-    xgblora_restart_lr = False
-
     def __post_init__(self):
         if self.non_diff and not self.objective:
             self.objective = "auto"

@@ -2,7 +2,7 @@
 
 import math
 
-from cli.machine import cpu_has_bf16
+from machine.resources import cpu_has_bf16
 
 # (trainer, mode, --zo_normalize, --lora_freeze_a) -> (learning rate, eps). Full, prefix and LoRA as published (MeZO,
 # Table 15). XGBLoRA and the last two switches: found on the starter model at alpha/r = 16 (bench/RESULTS.md).

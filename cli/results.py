@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from cli.defaults import NOT_PART_OF_RUN_ID
-from cli.machine import peak_memory_mb
+from machine.resources import peak_memory_mb
 from training import checkpoints
 
 METRICS = ("accuracy", "macro_f1", "f1", "em", "perplexity", "loss")

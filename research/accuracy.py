@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 import run
-from cli import machine
+from machine import resources
 from scoring.metrics import best_threshold_accuracy
 
 OUT = ROOT / "result" / "accuracy"
@@ -104,7 +104,7 @@ def shuffle_labels(source: Path, target: Path) -> None:
 
 
 def common(args, seed: int) -> list[str]:
-    dtype = ["--load_bfloat16"] if machine.cpu_has_bf16() else []
+    dtype = ["--load_bfloat16"] if resources.cpu_has_bf16() else []
     where = ["--model_name", args.model_name, "--data_dir", str(args.data_dir), "--task_name", args.task]
     return [*where, "--seed", str(seed), "--disable_tqdm", "True", *dtype]
 

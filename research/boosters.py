@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import run
-from cli import machine
 from lora import LoRA
+from machine import resources
 from scoring import (
     logprobs,
     packing,
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=9)
     args = parser.parse_args()
-    machine.keep_pages()
+    resources.keep_pages()
     if args.table == "errors":
         errors(args.rounds)
     elif args.table == "growth":

@@ -25,7 +25,7 @@ import torch
 from arms import OUT
 
 import run
-from cli import machine
+from machine import resources
 from scoring import (
     logprobs,
     packing,
@@ -171,7 +171,7 @@ def picture(path: Path) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    machine.keep_pages()
+    resources.keep_pages()
     found = {}
 
     def show(name: str, one: dict) -> None:
@@ -195,7 +195,15 @@ def main() -> None:
         made.lora_module.require_grad()
         show(f"{name}, start", measure(made, look, eps, True))
         of_lora = [{"params": made.lora_module.parameters()}]
-        engine = ZerothOrder(of_lora, rate, eps, seed=1, normalize=True, master=True, set_perturbations=made.lora_module.set_perturbations)
+        engine = ZerothOrder(
+            of_lora,
+            rate,
+            eps,
+            seed=1,
+            normalize=True,
+            master=True,
+            set_perturbations=made.lora_module.set_perturbations,
+        )
         for before, after in pairwise(looks):
             train(made, engine, learn, range(before, after), looks[-1], rate, every)
             show(f"{name}, after {after} steps", measure(made, look, eps, after == looks[-1]))

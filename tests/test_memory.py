@@ -12,8 +12,8 @@ from support.runs import write_gguf
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 import run
-from cli import memory_estimate, shapes
 from lora import LoRA
+from machine import memory_estimate, model_shape
 from scoring import logprobs, packing
 
 
@@ -22,7 +22,7 @@ def parsed(flags: str = ""):
 
 
 def estimated(flags="", config=None, learned=(), evaluated=(), copies=1) -> memory_estimate.Estimate:
-    shape = shapes.shape(config or tiny_model("llama").config)
+    shape = model_shape.shape(config or tiny_model("llama").config)
     return memory_estimate.estimate(parsed(flags), shape, list(learned), list(evaluated), lambda tokens: copies, file=4)
 
 
@@ -30,7 +30,7 @@ def test_parameters_are_counted_exactly(family):
     model = tiny_model(family)
     state = torch.get_rng_state()
     before = model.config.to_dict()
-    found = shapes.shape(model.config)
+    found = model_shape.shape(model.config)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.vocabulary == model.config.vocab_size
     assert torch.equal(state, torch.get_rng_state()) and model.config.to_dict() == before
@@ -43,14 +43,14 @@ def test_parameters_are_counted_exactly(family):
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM])
 def test_tied_weights_are_counted_once(kind):
     family = {LlamaForCausalLM: "llama", Qwen2ForCausalLM: "qwen2"}[kind]
-    apart, tied = (shapes.shape(tiny_model(family, tie_word_embeddings=tie).config) for tie in (False, True))
+    apart, tied = (model_shape.shape(tiny_model(family, tie_word_embeddings=tie).config) for tie in (False, True))
     assert apart.parameters - tied.parameters == apart.vocabulary * 32
 
 
 def test_a_gguf_file_has_the_shape_of_its_model(tmp_path):
     model = tiny_model("llama")
     write_gguf(tmp_path / "tiny.gguf", model)
-    found, wanted = shapes.gguf_shape(str(tmp_path / "tiny.gguf")), shapes.shape(model.config)
+    found, wanted = model_shape.gguf_shape(str(tmp_path / "tiny.gguf")), model_shape.shape(model.config)
     assert (found.parameters, found.vocabulary) == (wanted.parameters, wanted.vocabulary)
     assert found.widths() == wanted.widths()
     assert sorted(found.linear.values()) == sorted(wanted.linear.values())
@@ -120,7 +120,7 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
     monkeypatch.setattr(logprobs, "split_by_prefix", lambda encodings: [])
     monkeypatch.setattr(packing, "MAX_TOKENS", 200)
     logprobs.score(model, examples, 200)
-    assert abs(max(p.rows * p.length for p in shapes.evaluation_packs(examples)) / max(seen) - 1) < 0.2
+    assert abs(max(p.rows * p.length for p in model_shape.evaluation_packs(examples)) / max(seen) - 1) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_odd_files_give_no_estimate(tmp_path):
 
 
 def test_generated_answers_count_their_cache():
-    shape, examples = shapes.shape(tiny_model("llama").config), some_examples(20)
-    p = shapes.answers_pack(shape, examples, 90, 4)
+    shape, examples = model_shape.shape(tiny_model("llama").config), some_examples(20)
+    p = model_shape.answers_pack(shape, examples, 90, 4)
     assert p.length == max(len(x.encodings[0]) for x in examples) + 90 and p.rows == len(examples)
     few, many = (memory_estimate.activations(parsed(), shape, [], examples, None, new) for new in (1, 90))
     assert few < many
@@ -197,8 +197,8 @@ def test_generated_answers_count_their_cache():
 def test_eager_attention_holds_its_scores():
     config = tiny_model("llama").config
     config._attn_implementation = "eager"
-    eager, fused = shapes.shape(config), shapes.shape(tiny_model("llama").config)
+    eager, fused = model_shape.shape(config), model_shape.shape(tiny_model("llama").config)
     assert eager.heads == 4 and fused.heads == 0
-    p = shapes.Pack(2, 100, 4)
+    p = model_shape.Pack(2, 100, 4)
     assert memory_estimate.inference(eager, p, 4) > memory_estimate.inference(fused, p, 4)
     assert memory_estimate.kept(eager, p, 4, False, False) > memory_estimate.kept(fused, p, 4, False, False)

@@ -328,12 +328,6 @@ def test_every_command_of_the_evidence_is_understood(monkeypatch):
         run.parse(line.removeprefix("python run.py ").split())
 
 
-def test_torch_compile_without_a_compiler_runs_eagerly_and_says_so(monkeypatch, caplog):
-    monkeypatch.setenv("PATH", "")
-    assert not run.parse(["--trainer", "zo", "--torch_compile"]).torch_compile
-    assert "no C++ compiler" in caplog.text
-
-
 def test_weights_in_an_unsafe_format_are_read_without_running_code(go, tmp_path):
     """The OPT checkpoints on the hub are `.bin` files."""
     model = tiny_model("opt")

@@ -143,8 +143,7 @@ class ActivationCache:
         size = f"--zo_cache_activations: {rows} rows, {tokens} tokens of width {width}: {needed / 1e6:.1f} MB"
         if needed > 0.9 * free:
             raise UsageError(
-                f"{size}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, "
-                "or no cache"
+                f"{size}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, or no cache"
             )
         logger.info("%s on the host", size)
         return torch.empty(tokens, width, dtype=model.dtype)

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from evaluate import framework_of, plain_predictions
 
 import tasks
-from cli import machine
+from machine import resources
 from scoring import (
     logprobs,
 )
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
     args = parser.parse_args()
-    machine.keep_pages()
+    resources.keep_pages()
     model = None
     print(f"{'':12} {'demos':>5} {'metric':>9} {'seconds':>8} | {'rows':>4} {'ours':>6} {'plain':>6} {'seconds':>8}"
           f" {'differ':>6} {'max diff':>9} {'of bound':>8}")  # fmt: skip

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from cli.shapes import Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
 from distributed import collectives
+from machine.model_shape import Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
 
 logger = logging.getLogger("run")
 
