@@ -301,9 +301,7 @@ class Framework:
             count = functools.partial(packing.loss_terms, classification=classification)
             size = packing.num_tokens
             loss_fn = functools.partial(logprobs.loss, classification=classification)
-        collator = data_parallel.ShardingCollator(
-            pack, count, size, divides=args.zo_parallel == "data", in_step=args.sharded
-        )
+        collator = data_parallel.ShardingCollator(pack, count, size, divides=args.zo_parallel == "data")
         return {"train_dataset": dataset, "data_collator": collator, "loss_fn": loss_fn}
 
     def _shard(self) -> None:

@@ -115,7 +115,10 @@ def growth(steps: int) -> None:
             per_rank = sum(m.in_features + m.out_features for m in base.lora_modules)
             flops = (layer + per_rank * (1 + (k if form == "ensemble" else 0))) / (layer + per_rank)
             size = 4 * per_rank * k / 1e6
-            host = sum(t.nbytes for tensors in (lora.chain.pretrained, lora.chain.delta_sum) for t in tensors.values()) / 1e6
+            host = (
+                sum(t.nbytes for tensors in (lora.chain.pretrained, lora.chain.delta_sum) for t in tensors.values())
+                / 1e6
+            )
             shown = median(seconds[form, k])
             print(f"{form:10} {k:5d} {shown:8.3f} {ratio:11.2f} {flops:13.3f} {size:9.2f} {host:8.0f}")
         del sides

@@ -300,9 +300,6 @@ def test_learning_rate_and_eps_default_by_mode():
     assert defaults("--trainer zo --xgblora --zo_normalize --lora_freeze_a")[2] == "linear"
     assert defaults("--trainer zo --xgblora --learning_rate 1e-5 --zo_eps 1e-3")[:2] == (1e-5, 1e-3)
     assert defaults("--trainer regular --lora")[2:] == ("linear", 1.0, 8)
-    assert (
-        defaults("--trainer zo --xgblora --xgblora_restart_lr")[2] == "linear"
-    )  # a constant one has nothing to restart
     assert defaults("--trainer zo --warmup_steps 4")[2] == "constant_with_warmup"
 
 
