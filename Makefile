@@ -14,11 +14,11 @@ starter: .venv/installed
 test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 
 # What takes minutes or guards a rare path: part of the work on an issue, and no part of `make test`.
 stress: .venv/test-installed
-	$(BIN)/python -m pytest tests/stress -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest tests/stress -n auto --maxprocesses 8 --dist loadscope
 	@echo "Programs with flags and tables of their own (python tests/stress/NAME.py --help):"
 	@for name in crash fuzz soak modes tasks fingerprints; do echo "  $$name.py: $$(sed -n '1s/^"""//p' tests/stress/$$name.py | sed 's/"""$$//')"; done
 

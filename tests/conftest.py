@@ -14,6 +14,23 @@ import run
 from trainer import OurTrainer
 
 
+# Files whose tests read what one fixture has run; all of them go to one worker.
+ONE_WORKER = ("test_distributed.py", "test_sharding.py", "test_ranks.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out tests one by one, but the files of `ONE_WORKER` whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(ONE_WORKER) else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freeze_imported_objects():
     """Take what the libraries hold out of garbage collection: each run collects twice, 0.4 s a time with them."""

@@ -1,11 +1,11 @@
 """Processes of their own for tests, without the seconds that a new Python needs for its imports.
 
-A server (`multiprocessing`'s, one for each worker of pytest) imports the program once; each process is a fork of it, in
-which no thread of torch has been started yet.
+They are forks of this process, in which torch has never had more than one thread.
 """
 
 import contextlib
 import io
+import logging
 import multiprocessing
 import os
 import resource
@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from support.runs import ROOT
 from trainer import OurTrainer
 from training import checkpoints
 
-CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("fork")
 OUTPUT = ("stdout", "stderr")  # files that a process leaves in its folder
 
 
@@ -37,28 +36,12 @@ class Done:
     err: str
 
 
-def start_server() -> None:
-    """Start the server, once; only its environment tells it where the modules lie."""
-    CONTEXT.set_forkserver_preload(["support.preload"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests"), before or ""))
-    forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
 class Child:
-    """A process that runs `function(*args)` in a folder and exits with the number that it returns.
-
-    The function has to stand in a module that can be imported, as this one.
-    """
+    """A process that runs `function(*args)` in a folder and exits with the number that it returns."""
 
     def __init__(self, function, *args, folder: Path, threads: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        start_server()
         self.process = CONTEXT.Process(target=enter, args=(function, args, str(folder), threads))
         self.process.start()
 
@@ -83,7 +66,10 @@ def call(function, *args, folder: Path, threads: int = 1) -> Done:
 def enter(function, args, folder: str, threads: int) -> None:
     """What the process does. Its text is kept in memory, because a test may forbid it to write files."""
     os.chdir(folder)
+    for name in OUTPUT:
+        Path(name).unlink(missing_ok=True)
     torch.set_num_threads(threads)
+    logging.root.handlers.clear()  # pytest's; the program sets up its own
     texts, status = [io.StringIO(), io.StringIO()], 70
     with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
         try:
