@@ -32,9 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from utils import Interrupted, UsageError
 
-# Seconds put before every exchange, to try a slow network.
-GATHER_DELAY = float(os.environ.get("ZO_GATHER_DELAY", 0))
-WORLD_VARIABLES = (
+WORLD_VARIABLES = (  # by which the library (accelerate) would know of other ranks
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -43,7 +41,7 @@ WORLD_VARIABLES = (
     "PMI_RANK",
     "OMPI_COMM_WORLD_SIZE",
 )
-TRAFFIC = {"exchanges": 0, "bytes": 0, "seconds": 0.0}  # what this rank has sent, and how long it has waited
+TRAFFIC = {"bytes": 0, "seconds": 0.0}  # what this rank has sent, and how long it has waited
 
 # Those of WORLD_VARIABLES that `hide_world_from_trainer` has taken out of the environment.
 _hidden_variables: dict[str, str] = {}
@@ -211,7 +209,6 @@ def as_peer_lost() -> Iterator[None]:
 def _all_gather(tensor: Tensor) -> list[Tensor]:
     tensors = [torch.empty_like(tensor) for _ in range(world_size())]
     with as_peer_lost():
-        time.sleep(GATHER_DELAY)
         dist.all_gather(tensors, tensor)
     return tensors
 
@@ -222,7 +219,6 @@ def gather(values: Sequence[float]) -> list[list[float]]:
         return [list(values)]
     tensor = torch.tensor(values, dtype=torch.float64)
     tensors = _all_gather(tensor)
-    TRAFFIC["exchanges"] += 1
     TRAFFIC["bytes"] += tensor.nbytes
     return [tensor.tolist() for tensor in tensors]
 
