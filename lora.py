@@ -220,7 +220,10 @@ class AdapterLayers:
         return self.model.get_submodule(list_name), number
 
     def move_with_model(self, device: torch.device) -> None:
-        """Move the factors of an ensemble to a device; forget the replaced layers, so that `remove` can't follow."""
+        """Move the factors of an ensemble to a device.
+
+        The replaced layers are forgotten, so that `remove` can't follow.
+        """
         self._replaced_layers.clear()
         for module in self.lora_modules:
             if module.ensemble_factors is not None:

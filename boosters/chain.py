@@ -202,9 +202,8 @@ def check_mergeable(model: nn.Module, names: Iterable[str]) -> None:
         if weight.is_meta or not weight.is_floating_point():
             raise UsageError("quantised or offloaded weights take no boosters: --xgblora_ensemble keeps them")
         if uses[id(weight)] > 1:  # a tied head
-            raise UsageError(
-                f"{name} shares its weight with a layer that a merge would change too: --xgblora_ensemble keeps it"
-            )
+            problem = "shares its weight with a layer that a merge would change too"
+            raise UsageError(f"{name} {problem}: --xgblora_ensemble keeps it")
 
 
 def concat_factors(rounds: Sequence[Round], name: str, fold: bool) -> tuple[Tensor, Tensor]:
