@@ -285,6 +285,11 @@ def forwards_are_exchanges() -> bool:
 # ---- the same weights everywhere ----
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Return whether each rank holds only a part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
 def tensor_fingerprint(tensors: Sequence[Tensor]) -> float:
     """Return 48 bits of a hash of the sums of blocks of the tensors' bits; fast on any device.
 
@@ -292,7 +297,7 @@ def tensor_fingerprint(tensors: Sequence[Tensor]) -> float:
     """
     digest = hashlib.sha256()
     for tensor in tensors:
-        if tensor.is_meta or isinstance(tensor, DTensor):
+        if tensor.is_meta or is_divided(tensor):
             continue
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         flat = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distributed import collectives, stop_signals
 
@@ -164,7 +163,7 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Sum the gradients of the ranks in place, each of its part of the loss (`--trainer regular`)."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(p, DTensor):  # torch has averaged the gradients of divided weights
+        if collectives.is_divided(p):  # torch has averaged the gradients of divided weights
             p.grad.mul_(collectives.world_size())
             continue
         with collectives.as_peer_lost():
