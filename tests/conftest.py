@@ -13,7 +13,6 @@ from support.models import FAMILIES, tiny_model, tiny_tokenizer
 import run
 from trainer import OurTrainer
 
-
 # Files whose tests read what one fixture has run; all of them go to one worker.
 ONE_WORKER = ("test_distributed.py", "test_sharding.py", "test_ranks.py")
 
