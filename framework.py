@@ -59,7 +59,7 @@ class Framework:
         self.trainer: OurTrainer | None = None
         self.estimate: memory_estimate.Estimate | None = None
         self.train_examples, self.eval_examples = [], []  # as far as they are known before the model is loaded
-        self.prefix_length = self._prefix_length()
+        self.prefix_length = prefix_length(args)
         self.config = load_model.read_model_config(args.model_name, args.trust_remote_code)
         self.tokenizer = load_model.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
         rows_with_prefix = args.max_length + self.prefix_length  # a prefix takes positions of its own
@@ -68,45 +68,10 @@ class Framework:
         self.evaluator: Evaluator | None = None
         self.objective = None
         if task:
-            self._read_task()
-
-    def _read_task(self) -> None:
-        """Make what turns samples of the task into token ids, and what evaluates them."""
-        args = self.args
-        vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
-        self.prompts = Prompts(
-            self.task,
-            self.tokenizer,
-            self.max_length,
-            vocabulary,
-            max_new_tokens=args.max_new_tokens,
-            only_train_option=args.only_train_option,
-            train_as_classification=args.train_as_classification,
-            sfc=args.sfc,
-            icl_sfc=args.icl_sfc,
-            model_name=args.model_name,
-        )
-        self.evaluator = Evaluator(
-            self.task,
-            self.tokenizer,
-            self.prompts,
-            GenerationSettings(args.eos_token, args.max_new_tokens, args.generating),
-            seed=args.seed,
-            progress=not args.disable_tqdm and collectives.is_main_process(),
-            verbose=args.verbose,
-        )
-        if args.objective:
-            self.objective = metrics.find_metric(args.objective)
-
-    def _prefix_length(self) -> int:
-        """Tokens of the prefix that is trained or that `--adapter` holds; an adapter that fits no flag is refused."""
-        args = self.args
-        if args.adapter and peft_files.read_adapter_config(args.adapter)["peft_type"] == prefix.PEFT_TYPE:
-            validation.validate_prefix(args)
-            return prefix.saved_length(args.adapter)
-        if args.adapter:
-            peft_files.read_lora_config(args.adapter)
-        return args.num_prefix if args.prefix_tuning else 0
+            vocabulary = self.config.get_text_config().vocab_size if self.config else len(self.tokenizer)
+            self.prompts = make_prompts(self.args, task, self.tokenizer, self.max_length, vocabulary)
+            self.evaluator = make_evaluator(self.args, task, self.tokenizer, self.prompts)
+            self.objective = metrics.find_metric(self.args.objective) if self.args.objective else None
 
     # ---- the model ----
 
@@ -115,70 +80,18 @@ class Framework:
         if self.model is not None:
             return
         args = self.args
-        self.estimate = self.estimate_memory()
-        device = "cpu" if args.sharded else args.device  # a whole model may be too much for its device
-        model = load_model.read_model(
-            args.model_name, args.dtype, args.trust_remote_code, device, args.bits, args.device_map,
-            args.offload_folder,
-        )  # fmt: skip
-        if args.bits == 4 and args.trainer == "regular":
-            load_model.use_differentiable_kernels(model)
-        if args.untie_emb:
-            load_model.untie_head(model)
-        if args.head_tuning:
-            load_model.train_head_only(model)
-        load_model.check_offloaded(args, model)
+        new_tokens = args.max_new_tokens if self.task and self.task.generation else 0
+        self.estimate = estimate_memory(args, self.config, self.train_examples, self.eval_examples, new_tokens)
+        model = load_model_of_run(args)
         for settings in (self.tokenizer, model.config):
             settings.pad_token_id = self.tokenizer.pad_token_id
         if self.evaluator and not args.sharded:
             self.evaluator.attach(model)
         if self.prefix_length:
-            self._inject_prefix(model)
+            inject_prefix(model, args, self.prefix_length)
         else:
-            self._inject_lora(model)
+            self.lora_module = inject_lora(model, args)
         self.model = model
-
-    def _inject_prefix(self, model: torch.nn.Module) -> None:
-        args = self.args
-        reparam = args.prefix_tuning and not args.no_reparam
-        module = PrefixTuning(model, self.prefix_length, reparam, args.prefix_init_by_real_act, args.seed)
-        if args.adapter:
-            module.load(args.adapter)
-
-    def _inject_lora(self, model: torch.nn.Module) -> None:
-        """The adapters of `--lora` or `--xgblora`, or those of a saved one that is evaluated."""
-        args = self.args
-        if args.adapter and args.trainer == "none":
-            saved, chain = peft_files.read_lora_config(args.adapter), peft_files.has_chain(args.adapter)
-            self.lora_module = LoRA(
-                model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
-                ensemble=args.xgblora_ensemble,
-            )  # fmt: skip
-        elif args.lora or args.xgblora:
-            names = [name for name, _ in model.named_modules()]
-            self.lora_module = LoRA(
-                model, args.lora_r, args.lora_alpha, xgblora=args.xgblora, seed=args.seed, targets=args.targets,
-                freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
-                ensemble=args.xgblora_ensemble,
-            )  # fmt: skip
-            missing = [target for target in args.targets if not names_ending_in(names, [target])]
-            if missing:
-                raise UsageError(f"--lora_targets: no layer called {', '.join(missing)} in this model")
-        if args.staged and not self.lora_module.xgblora:
-            raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
-        if args.adapter and self.lora_module:
-            self.lora_module.load(args.adapter, args.boosters, keep_current=args.trainer != "none")
-
-    def estimate_memory(self) -> memory_estimate.Estimate | None:
-        """What memory the run will take, logged; None where that can't be told."""
-        args, cpu = self.args, self.args.device.type == "cpu"
-        new = args.max_new_tokens if self.task and self.task.generation else 0
-        adapted = args.lora or args.xgblora or args.prefix_tuning
-
-        def rule(tokens: int) -> int:
-            return points_per_forward(tokens, 2 * args.zo_queries, cpu, adapted, args.zo_batched)
-
-        return memory_estimate.estimate_memory(args, self.config, self.train_examples, self.eval_examples, rule, new)
 
     # ---- evaluation ----
 
@@ -224,7 +137,7 @@ class Framework:
         """
         args = self.args.for_training_set(output_dir)
         self.train_examples = self.prompts.training_examples(train_samples)
-        self._check_training_rows()
+        check_training_rows(args, self.task, self.train_examples)
         run_id = run_id_fields(args, self.task, self.config, train_samples, dev_rows.samples)
         checkpoint = collectives.run_on_main(functools.partial(checkpoint_to_resume, args, output_dir, run_id))
         collectives.run_on_all(self.load)  # where one rank can't load the model, none goes on
@@ -234,7 +147,7 @@ class Framework:
         if checkpoint and trainer.load_if_finished(checkpoint):
             logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
         else:
-            self._run_trainer(trainer, output_dir, checkpoint)
+            run_trainer(trainer, output_dir, checkpoint, self.evaluator.plain_rows)
         # of --bf16: a rerun evaluates without the library's autocast too
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         trainer.finish(functools.partial(self.best_prefix, dev_rows) if args.xgblora_best else None)
@@ -243,25 +156,18 @@ class Framework:
         trainer.refuse_unsaved()
         self.model.eval()
 
-    def _check_training_rows(self) -> None:
-        """Raise UsageError where the training rows teach nothing, or give no batch."""
-        args, examples = self.args, self.train_examples
-        if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
-            rows = self.task.samples["train"]
-            if len({str(sample.correct_candidate) for sample in rows}) == 1:
-                raise UsageError(f"all {len(rows)} training rows have one label: there is nothing to tell apart")
-        if args.dataloader_drop_last and len(examples) < args.train_batch_size:
-            raise UsageError(
-                f"--dataloader_drop_last leaves no batch of {args.train_batch_size} rows out of {len(examples)}"
-            )
-
     def _make_trainer(self, args, train_samples, dev_rows: EvalBatch, run_id: dict, signals) -> OurTrainer:
         classification, plain_rows = args.train_as_classification, self.evaluator.plain_rows
         dev_examples = self.prompts.training_examples(dev_rows.samples) if args.xgblora_adaptive else []
+        if self.objective:
+            batch = self.eval_batch(train_samples)
+            inputs = objective_inputs(args, self.train_examples, batch, self.evaluator, self.objective)
+        else:
+            inputs = loss_inputs(args, self.train_examples, plain_rows)
         trainer = OurTrainer(
             model=self.model,
             args=args,
-            **self.training_inputs(train_samples),
+            **inputs,
             eval_dataset=dev_rows.samples or None,
             processing_class=self.tokenizer,
             evaluate_fn=lambda model: self.evaluate(dev_rows, progress=False),
@@ -271,38 +177,6 @@ class Framework:
         )
         trainer.lora_module = self.lora_module
         return trainer
-
-    def _run_trainer(self, trainer: OurTrainer, output_dir: Path, checkpoint: str | None) -> None:
-        """Train from a checkpoint, or from the start where there is none."""
-        if self.args.zo_cache_activations:
-            trainer.cache_activations(self.evaluator.plain_rows)
-        if self.args.zo_check:
-            trainer.log_diagnosis()
-        if checkpoint:
-            logger.info("going on from %s", checkpoint)
-        if collectives.is_main_process():
-            (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.signals.agreed_signal:
-            trainer.refuse_unsaved()
-        trainer.signals.check()
-
-    def training_inputs(self, train_samples) -> dict:
-        """Return the dataset, the collator that packs a batch of it, and the loss, as the Trainer takes them."""
-        args, classification = self.args, self.args.train_as_classification
-        if self.objective:
-            dataset = ObjectiveRows(self.train_examples)
-            pack, count, size = dataset.pack, len, dataset.num_tokens
-            batch = self.eval_batch(train_samples)
-            loss_fn = functools.partial(self.evaluator.objective_loss, self.objective, batch)
-        else:
-            dataset = self.train_examples
-            pack = functools.partial(packing.pack, plain_rows=self.evaluator.plain_rows)
-            count = functools.partial(packing.loss_terms, classification=classification)
-            size = packing.num_tokens
-            loss_fn = functools.partial(logprobs.loss, classification=classification)
-        collator = data_parallel.ShardingCollator(pack, count, size, divides=args.zo_parallel == "data")
-        return {"train_dataset": dataset, "data_collator": collator, "loss_fn": loss_fn}
 
     def _shard(self) -> None:
         """Divide the weights among the ranks (`--fsdp`), each with its part on its device; this can't be undone."""
@@ -328,23 +202,8 @@ class Framework:
         Raises:
             UsageError: the file is no trajectory, or one of another run.
         """
-        try:
-            trajectory = Trajectory.load(path)
-        except ValueError as error:
-            raise UsageError(f"--replay {error}") from error
         args = self.args.for_replay(output_dir)
-        current = run_id_fields(args, None, self.config, [], [])
-        recorded = trajectory.about.get("settings", {})
-        difference = checkpoints.differences(
-            {name: value for name, value in recorded.items() if name in REPLAY_ID},
-            {name: value for name, value in current.items() if name in REPLAY_ID},
-        )
-        if difference:
-            raise UsageError(f"--replay {path} is of another run: {difference}")
-        if args.replay_steps is not None and Path(path).resolve().parent == output_dir.resolve():
-            raise UsageError(f"--replay_steps would overwrite the result of {path}: give another --output_dir")
-        if (args.replay_steps or 0) > len(trajectory.coefficients):
-            raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
+        trajectory = read_trajectory(path, args, self.config)
         self.load()
         trainer = OurTrainer(model=self.model, args=args, processing_class=self.tokenizer, loss_fn=None)
         trainer.lora_module = self.lora_module
@@ -363,6 +222,156 @@ class Framework:
         self.load()
         missing = self.lora_module.export(directory, self.args.export_rank)
         logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * missing)
+
+
+# ---- what a Framework is made of ----
+
+
+def make_prompts(args: OurArguments, task, tokenizer, max_length: int, vocabulary: int) -> Prompts:
+    """Return what turns samples of the task into token ids: at most `max_length` of them, ids below `vocabulary`."""
+    return Prompts(
+        task, tokenizer, max_length, vocabulary, max_new_tokens=args.max_new_tokens,
+        only_train_option=args.only_train_option, train_as_classification=args.train_as_classification, sfc=args.sfc,
+        icl_sfc=args.icl_sfc, model_name=args.model_name,
+    )  # fmt: skip
+
+
+def make_evaluator(args: OurArguments, task, tokenizer, prompts: Prompts) -> Evaluator:
+    """Return what predicts and measures."""
+    generation = GenerationSettings(args.eos_token, args.max_new_tokens, args.generating)
+    progress = not args.disable_tqdm and collectives.is_main_process()
+    return Evaluator(task, tokenizer, prompts, generation, seed=args.seed, progress=progress, verbose=args.verbose)
+
+
+def estimate_memory(args: OurArguments, config, train_examples, eval_examples, new_tokens: int):
+    """Return what memory the run will take, and log it; None where that can't be told."""
+    cpu = args.device.type == "cpu"
+    adapted = args.lora or args.xgblora or args.prefix_tuning
+
+    def copies(tokens: int) -> int:
+        return points_per_forward(tokens, 2 * args.zo_queries, cpu, adapted, args.zo_batched)
+
+    return memory_estimate.estimate_memory(args, config, train_examples, eval_examples, copies, new_tokens)
+
+
+def load_model_of_run(args: OurArguments) -> torch.nn.Module:
+    """Return the model on its device, with what the flags change in it; adapters come later."""
+    device = "cpu" if args.sharded else args.device  # a whole model may be too much for its device
+    model = load_model.read_model(
+        args.model_name, args.dtype, args.trust_remote_code, device, args.bits, args.device_map, args.offload_folder
+    )
+    if args.bits == 4 and args.trainer == "regular":
+        load_model.use_differentiable_kernels(model)
+    if args.untie_emb:
+        load_model.untie_head(model)
+    if args.head_tuning:
+        load_model.train_head_only(model)
+    load_model.check_offloaded(args, model)
+    return model
+
+
+def prefix_length(args: OurArguments) -> int:
+    """Return the tokens of the prefix that is trained or that `--adapter` holds, 0 for none.
+
+    Raises:
+        UsageError: the adapter does not fit the flags.
+    """
+    if args.adapter and peft_files.read_adapter_config(args.adapter)["peft_type"] == prefix.PEFT_TYPE:
+        validation.validate_prefix(args)
+        return prefix.saved_length(args.adapter)
+    if args.adapter:
+        peft_files.read_lora_config(args.adapter)
+    return args.num_prefix if args.prefix_tuning else 0
+
+
+# ---- adapters ----
+
+
+def inject_prefix(model: torch.nn.Module, args: OurArguments, length: int) -> None:
+    """Put a prefix of `length` tokens in front of the model's layers: that of `--adapter`, or one to be trained."""
+    reparam = args.prefix_tuning and not args.no_reparam
+    module = PrefixTuning(model, length, reparam, args.prefix_init_by_real_act, args.seed)
+    if args.adapter:
+        module.load(args.adapter)
+
+
+def inject_lora(model: torch.nn.Module, args: OurArguments) -> LoRA | None:
+    """Inject the adapters of `--lora` or `--xgblora`, or those of a saved adapter that is evaluated; None for neither.
+
+    Raises:
+        UsageError: the model has no such layers, or the saved adapter does not fit.
+    """
+    lora = None
+    if args.adapter and args.trainer == "none":
+        saved, chain = peft_files.read_lora_config(args.adapter), peft_files.has_chain(args.adapter)
+        lora = LoRA(
+            model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
+            ensemble=args.xgblora_ensemble,
+        )  # fmt: skip
+    elif args.lora or args.xgblora:
+        names = [name for name, _ in model.named_modules()]
+        lora = LoRA(
+            model, args.lora_r, args.lora_alpha, xgblora=args.xgblora, seed=args.seed, targets=args.targets,
+            freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers, ensemble=args.xgblora_ensemble,
+        )  # fmt: skip
+        missing = [target for target in args.targets if not names_ending_in(names, [target])]
+        if missing:
+            raise UsageError(f"--lora_targets: no layer called {', '.join(missing)} in this model")
+    if args.staged and not lora.xgblora:
+        raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
+    if args.adapter and lora:
+        lora.load(args.adapter, args.boosters, keep_current=args.trainer != "none")
+    return lora
+
+
+# ---- training ----
+
+
+def check_training_rows(args: OurArguments, task, examples) -> None:
+    """Raise UsageError where the training rows teach nothing, or give no batch."""
+    if args.train_as_classification and len(examples) > 1 and len({x.label for x in examples}) == 1:
+        rows = task.samples["train"]
+        if len({str(sample.correct_candidate) for sample in rows}) == 1:
+            raise UsageError(f"all {len(rows)} training rows have one label: there is nothing to tell apart")
+    if args.dataloader_drop_last and len(examples) < args.train_batch_size:
+        raise UsageError(
+            f"--dataloader_drop_last leaves no batch of {args.train_batch_size} rows out of {len(examples)}"
+        )
+
+
+def loss_inputs(args: OurArguments, examples, plain_rows: bool) -> dict:
+    """Return the dataset, the collator that packs a batch of it, and the loss, as the Trainer takes them.
+
+    Args:
+        args: the loss, and what ranks divide.
+        examples: the training examples.
+        plain_rows: whether a row holds one candidate, because the model can't take packed rows.
+    """
+    classification = args.train_as_classification
+    collator = data_parallel.ShardingCollator(
+        functools.partial(packing.pack, plain_rows=plain_rows),
+        functools.partial(packing.loss_terms, classification=classification),
+        packing.num_tokens,
+        divides=args.zo_parallel == "data",
+    )
+    loss_fn = functools.partial(logprobs.loss, classification=classification)
+    return {"train_dataset": examples, "data_collator": collator, "loss_fn": loss_fn}
+
+
+def objective_inputs(args: OurArguments, examples, batch: EvalBatch, evaluator: Evaluator, objective) -> dict:
+    """Return dataset, collator and loss of `--objective`, which evaluates the rows of a batch.
+
+    Args:
+        args: what ranks divide.
+        examples: the training examples, for their sizes.
+        batch: the same rows as an evaluation takes them.
+        evaluator: predicts.
+        objective: what steps raise, a function of (predictions, right answers).
+    """
+    rows = ObjectiveRows(examples)
+    collator = data_parallel.ShardingCollator(rows.pack, len, rows.num_tokens, divides=args.zo_parallel == "data")
+    loss_fn = functools.partial(evaluator.objective_loss, objective, batch)
+    return {"train_dataset": rows, "data_collator": collator, "loss_fn": loss_fn}
 
 
 class ObjectiveRows:
@@ -387,6 +396,27 @@ class ObjectiveRows:
     @staticmethod
     def pack(rows: list[int]) -> dict[str, Tensor]:
         return {"row": torch.tensor(rows)}
+
+
+def run_trainer(trainer: OurTrainer, output_dir: Path, checkpoint: str | None, plain_rows: bool) -> None:
+    """Train from a checkpoint, or from the start where there is none.
+
+    Raises:
+        Interrupted: a signal has ended the run.
+        StateNotSaved: the state at that signal is not on the disk.
+    """
+    if trainer.args.zo_cache_activations:
+        trainer.cache_activations(plain_rows)
+    if trainer.args.zo_check:
+        trainer.log_diagnosis()
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
+    if collectives.is_main_process():
+        (output_dir / TRAJECTORY).unlink(missing_ok=True)  # of a shorter run
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.signals.agreed_signal:
+        trainer.refuse_unsaved()
+    trainer.signals.check()
 
 
 # ---- what makes a run this run ----
@@ -438,3 +468,24 @@ def checkpoint_to_resume(args: OurArguments, output_dir: Path, run_id: dict) -> 
     if checkpoint:
         checkpoints.refuse_other_run(checkpoint, run_id)
     return str(checkpoint) if checkpoint else None
+
+
+def read_trajectory(path: str, args: OurArguments, config) -> Trajectory:
+    """Return the trajectory of `--replay`; raises UsageError where it is none, or one of another run."""
+    try:
+        trajectory = Trajectory.load(path)
+    except ValueError as error:
+        raise UsageError(f"--replay {error}") from error
+    current = run_id_fields(args, None, config, [], [])
+    recorded = trajectory.about.get("settings", {})
+    difference = checkpoints.differences(
+        {name: value for name, value in recorded.items() if name in REPLAY_ID},
+        {name: value for name, value in current.items() if name in REPLAY_ID},
+    )
+    if difference:
+        raise UsageError(f"--replay {path} is of another run: {difference}")
+    if args.replay_steps is not None and Path(path).resolve().parent == Path(args.output_dir).resolve():
+        raise UsageError(f"--replay_steps would overwrite the result of {path}: give another --output_dir")
+    if (args.replay_steps or 0) > len(trajectory.coefficients):
+        raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
+    return trajectory
