@@ -25,7 +25,7 @@ from zo.trajectory import Trajectory
 
 REDEFINED = ("learning_rate", "lr_scheduler_type", "max_grad_norm", "ddp_timeout")  # by OurArguments
 # Flags that need several ranks, and where a test starts them.
-OTHER_FILES = {"fsdp": "test_fsdp.py", "ddp_timeout": "test_parallel.py"}
+OTHER_FILES = {"fsdp": "test_sharding.py", "ddp_timeout": "stress/test_ranks.py"}
 TRAINERS = ("zo", "regular")
 
 

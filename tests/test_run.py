@@ -69,7 +69,10 @@ def test_every_trainer_in_every_mode_gives_a_number_and_a_model(go, trainer, mod
 def test_other_families_train(go, family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / family)
     tiny_tokenizer().save_pretrained(tmp_path / family)
-    go(BOOST, model=tmp_path / family)
+    trained = go(BOOST, model=tmp_path / family)
+    assert trained["sets"][0]["boosters"] == 2 and trained["forward_passes"] == 12
+    loaded = go("--trainer none --num_train 0 --adapter out", model=tmp_path / family)
+    assert loaded["loss"] == pytest.approx(trained["loss"], rel=1e-4)
 
 
 def test_zero_shot_equals_a_plain_loop(go, model_dir, data_dir):
@@ -384,4 +387,4 @@ PROGRAMS = [
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_the_imports_of_a_program_beside_the_tests_are_there(path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(path.parent)])
-    runpy.run_path(str(path), run_name="imported")
+    assert callable(runpy.run_path(str(path), run_name="imported")["grid" if path.stem == "arms" else "main"])
