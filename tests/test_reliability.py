@@ -195,6 +195,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, nam
     assert adapter_bytes() == expected
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(go, capsys):
+    """Whatever else differs, and whether or not the run is finished."""
+    go(BOOST)
+    path = checkpoints.list_checkpoints("out")[-1]
+    settings = json.loads((path / "settings.json").read_text())
+    assert settings.pop("format") == checkpoints.FORMAT
+    (path / "settings.json").write_text(json.dumps(settings))
+    checkpoints.publish(path.rename("old"), path)  # with a manifest of its own
+    for flags in (BOOST, f"{BOOST} --max_steps 12 --lora_alpha 3"):
+        go(flags, status=2)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "checkpoint-6 was written by an earlier version" in line and "--overwrite starts afresh" in line
+    go(f"{BOOST} --overwrite")
+
+
 def test_when_all_are_damaged_the_run_is_refused(go, capsys):
     go(BOOST)
     for path in checkpoints.list_checkpoints("out"):

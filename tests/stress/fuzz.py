@@ -149,7 +149,7 @@ class Checkpoint:
         written = folder / ".partial" / "checkpoint-2"
         written.mkdir(parents=True)
         (written / "weights").write_bytes(b"0123456789" * 20)
-        (written / checkpoints.SETTINGS).write_text(json.dumps({"seed": 1, "model": "x"}))
+        checkpoints.write_settings(written, {"seed": 1, "model": "x"})
         checkpoints.publish(written, folder / "checkpoint-2")
         self.good = {p.name: p.read_bytes() for p in (folder / "checkpoint-2").iterdir()}
 
