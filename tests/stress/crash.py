@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import run
-from lora import LoRA
+from boosters.chain import BoosterChain
 from training import checkpoints
 
 BOOST = "--trainer zo --xgblora --xgblora_steps_per_iteration 15"
@@ -70,7 +70,7 @@ def die_at(owner, name: str, nth: int) -> None:
 
 INSIDE = {  # the function that dies, and how many times it is called in a run, about
     "checkpoint write": (checkpoints, "sha256", 100),
-    "merge": (LoRA, "_append", 4),
+    "merge": (BoosterChain, "append", 4),
     "evaluation": (run.Framework, "predict", 6),
 }
 
