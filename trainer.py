@@ -1,12 +1,10 @@
 """The training loop: Hugging Face's, with a step by `zo/` or by back-propagation, and boosting on top.
 
-`OurTrainer` says what a step is (`create_optimizer`, `training_step`); training/resumable_trainer.py says
-what an evaluation is and what a checkpoint holds; the loop itself is the library's. The trainer knows no
-tasks: it is given `loss_fn` and `evaluate_fn`. A round ends at the end of a step, before the evaluation and
-the checkpoint of that step.
+`OurTrainer` says what a step is (`create_optimizer`, `training_step`). training/boosting_trainer.py ends the
+rounds of boosting, training/resumable_trainer.py says what an evaluation is and what a checkpoint holds, and
+the loop itself is the library's. The trainer knows no tasks: it is given `loss_fn` and `evaluate_fn`.
 """
 
-import contextlib
 import inspect
 import itertools
 import logging
@@ -16,17 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
 
-from boosters.rounds import Rounds, line_search, merge_round
 from cli.validation import find_method
 from distributed import collectives, data_parallel
 from scoring import packing
 from training import activation_cache
+from training.boosting_trainer import BoostingTrainer
 from training.replay import replay
-from training.resumable_trainer import ResumableTrainer
 from utils import UsageError
 from zo.diagnostics import diagnose, recommendations, rounding_drift
+from zo.method import Method
 from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 
@@ -36,7 +33,6 @@ logger = logging.getLogger(__name__)
 # 0.7–0.96 of the time of as many forwards.
 SATURATING_TOKENS = 512
 TRAJECTORY = "trajectory.safetensors"
-ROUNDS = "rounds"  # where the Trainer's state, and so each checkpoint, keeps what is known of the rounds
 
 
 def points_per_forward(tokens: int, points: int, cpu: bool, adapters: bool, batched: str = "auto") -> int:
@@ -55,59 +51,19 @@ def points_per_forward(tokens: int, points: int, cpu: bool, adapters: bool, batc
     return max(1, min(points, packing.MAX_TOKENS // tokens))
 
 
-class EndRounds(TrainerCallback):
-    """Ends the rounds of boosting after a step, before the evaluation and the checkpoint of that step.
-
-    An epoch's last round does not end in `on_epoch_end`: that comes after the checkpoint of the epoch's last
-    step, and a resume from there would lose the merge.
-
-    Args:
-        rounds: what is known of the rounds, which the Trainer's state keeps.
-        dev_loss: measures the loss on dev rows.
-        end_round: merges the current booster and records it in `rounds`.
-    """
-
-    def __init__(self, rounds: Rounds, dev_loss: Callable[[], float], end_round: Callable[[], None]):
-        self.rounds = rounds
-        self.dev_loss = dev_loss
-        self.end_round = end_round
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        max_steps = args.xgblora_steps_per_iteration
-        if not max_steps:
-            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            max_steps = steps_per_epoch * args.xgblora_merge_frequency
-        patience = 0
-        if args.xgblora_adaptive:
-            patience = args.xgblora_patience or max(1, max_steps // 4)
-        self.rounds.set_limits(max_steps, patience)
-        if ROUNDS in state.stateful_callbacks:
-            self.rounds.load_state_dict(state.stateful_callbacks[ROUNDS])
-        elif patience:
-            self.rounds.dev_loss = self.dev_loss()
-        state.stateful_callbacks[ROUNDS] = self.rounds.state_dict()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.rounds.is_over(state.global_step, self.dev_loss):
-            self.end_round()
-        state.stateful_callbacks[ROUNDS] = self.rounds.state_dict()
-
-
-class OurTrainer(ResumableTrainer):
+class OurTrainer(BoostingTrainer):
     """A Trainer whose step is zeroth-order (`args.trainer == "zo"`) or regular.
 
-    Args (besides ResumableTrainer's):
+    Args (besides BoostingTrainer's):
         loss_fn: (model, inputs) -> 0-dim fp32 tensor. Where it takes `copies=n` too, it returns [n] losses,
             of n copies of the batch one behind the other, and one forward may serve several points.
-        dev_loss_fn: model -> the loss on dev rows, which `--xgblora_adaptive` goes by.
     """
 
     # The library divides the loss of a micro-batch by their number: `compute_loss` multiplies by it.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, loss_fn, dev_loss_fn=None, **kwargs):
+    def __init__(self, *args, loss_fn, **kwargs):
         self.loss_fn = loss_fn
-        self.dev_loss_fn = dev_loss_fn
         self.loss_takes_copies = loss_fn is not None and "copies" in inspect.signature(loss_fn).parameters
         self.loss_weight = 1.0  # of a step's loss, the part of this micro-batch on this rank
         self.activation_cache: activation_cache.ActivationCache | None = None
@@ -118,9 +74,6 @@ class OurTrainer(ResumableTrainer):
         self.zeroth_order = self.args.trainer == "zo"
         self.method = find_method(self.args.zo_method)(self.args.zo_queries)
         self.exchange = data_parallel.LossAllGather(self.args.zo_parallel == "queries", self.signals)
-        self.rounds = Rounds()
-        if self.args.xgblora:
-            self.add_callback(EndRounds(self.rounds, self.dev_loss, self.end_round))
 
     # ---- the step ----
 
@@ -128,37 +81,10 @@ class OurTrainer(ResumableTrainer):
         if not self.zeroth_order:
             return self._create_regular_optimizer(model)
         if self.optimizer is None:
-            self.zo = self.optimizer = self._create_zeroth_order()
-        return self.optimizer
-
-    def _create_zeroth_order(self) -> ZerothOrder:
-        args, adapter = self.args, self.adapter
-        if adapter:
-            groups = [{"params": list(adapter.parameters())}]
-        else:
             decayed = self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
-            groups = group_by_decay(self.model, decayed, args.weight_decay)
-        optimizer = ZerothOrder(
-            groups,
-            args.learning_rate,
-            args.zo_eps,
-            args.seed,
-            clip=args.max_grad_norm,
-            normalize=args.zo_normalize,
-            master=adapter is not None,
-            method=self.method,
-            distribution=args.zo_distribution,
-            optim=args.zo_optim,
-            set_perturbations=adapter.set_perturbations if adapter else None,
-        )
-        drift = rounding_drift(optimizer, args.learning_rate)
-        if drift > 1:
-            logger.warning(
-                "rounding moves these half-precision weights about %.0f x as far as the updates do "
-                "(|g| = 1): adapters (--lora, --xgblora, --prefix_tuning) or float32 keep them",
-                drift,
-            )
-        return optimizer
+            self.zo = create_zeroth_order(self.model, self.adapter, decayed, self.method, self.args)
+            self.optimizer = self.zo
+        return self.optimizer
 
     def _create_regular_optimizer(self, model):
         if self.lora_module:
@@ -195,13 +121,9 @@ class OurTrainer(ResumableTrainer):
         return torch.tensor(math.fsum(losses) / len(losses) * self.loss_weight, device=self.args.device)
 
     def shared_step(self, regular_step: Callable, model, inputs):
-        """Take the `training_step` of one of several ranks.
+        """Take the `training_step` of one of several ranks; `regular_step` is the library's.
 
-        The ranks exchange their losses with the last micro-batch of a step, whose loss is then that of the
-        whole step.
-
-        Args:
-            regular_step: (model, inputs) -> loss, the library's forward and backward pass.
+        The ranks exchange their losses with the last micro-batch, which returns the loss of the whole step.
         """
         inputs = self._prepare_inputs(inputs)
         self.loss_weight *= inputs.pop("part")
@@ -233,23 +155,15 @@ class OurTrainer(ResumableTrainer):
         if self.loss_takes_copies:
             tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
             copies = points_per_forward(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
-        with self.compute_loss_context_manager(), self.reuse_lower_layers(inputs):
-            return self.zo.losses_at(points, partial(self.loss_fn, model, inputs), copies)
+        forward = partial(self.loss_fn, model, inputs)
+        with self.compute_loss_context_manager(), self.reuse_lower_layers(inputs, forward):
+            return self.zo.losses_at(points, forward, copies)
 
-    def reuse_lower_layers(self, inputs) -> contextlib.AbstractContextManager:
+    def reuse_lower_layers(self, inputs, forward: Callable):
         """Return a context in which the layers below all perturbed ones have run already, for all points."""
         place = self.lora_module.first_adapted_layer if self.lora_module and self.loss_takes_copies else None
-        layers, first = place or (None, 0)
-        if first == 0:
-            return contextlib.nullcontext()
-        if self.activation_cache:
-            hidden = self.activation_cache(inputs)
-        else:
-            forward = partial(self.loss_fn, self.model, inputs)
-            hidden = activation_cache.capture_hidden_states(layers[first], forward)
-        if hidden is None:
-            return contextlib.nullcontext()
-        return activation_cache.skip_lower_layers(layers, first, hidden)
+        cached = self.activation_cache(inputs) if self.activation_cache else None
+        return activation_cache.reuse_lower_layers(place, forward, cached)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss_fn(model, inputs) * (self.loss_weight * self.current_gradient_accumulation_steps)
@@ -276,13 +190,12 @@ class OurTrainer(ResumableTrainer):
 
     def cache_activations(self, plain: bool) -> None:
         """Run the lower layers on every training row, once for the whole run (`--zo_cache_activations`)."""
-        layers, first = self.lora_module.first_adapted_layer
+        place = self.lora_module.first_adapted_layer
         ranks = (collectives.rank(), collectives.world_size()) if self.args.shares > 1 else (0, 1)
 
         def fill():
-            self.activation_cache = activation_cache.ActivationCache(
-                self.model, layers, first, self.train_dataset, plain, *ranks
-            )
+            rows = self.train_dataset
+            self.activation_cache = activation_cache.ActivationCache(self.model, *place, rows, plain, *ranks)
 
         collectives.run_on_all(fill)
         self.train_dataset = self.activation_cache.examples
@@ -292,31 +205,9 @@ class OurTrainer(ResumableTrainer):
         """Measure eps, step size and rounding on the first batch, and log what is better (`--zo_check`)."""
         self.create_optimizer()
         inputs = next(batch for batch in self.get_train_dataloader() if "input_ids" in batch)
-        inputs = self._prepare_inputs(inputs)
         self.model.eval()
-        try:
-            diagnosis = diagnose(self.zo, partial(self.loss_fn, self.model, inputs))
-        except ValueError as error:
-            raise UsageError(f"--zo_check: {error}") from error
-        for line in recommendations(diagnosis, self.zo):
-            logger.info(line)
+        log_recommendations(self.zo, partial(self.loss_fn, self.model, self._prepare_inputs(inputs)))
         self.optimizer = None  # a resume may go on in a later round, of other shapes, and makes its own
-
-    # ---- boosting ----
-
-    def dev_loss(self) -> float:
-        return self.dev_loss_fn(self.model)
-
-    def end_round(self) -> float:
-        """Merge the current booster; return its step length, which `--xgblora_adaptive` searches for."""
-        length, step = 1.0, self.state.global_step
-        if self.args.xgblora_adaptive:
-            length, self.rounds.dev_loss = line_search(self.lora_module, self.dev_loss)
-            logger.info("XGBLoRA: line search: step length %g, dev loss %.4f", length, self.rounds.dev_loss)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # out of accelerate's wrapper
-        self.state.log_history.append(merge_round(self.lora_module, optimizer, step, length))
-        self.rounds.end(step, length)
-        return length
 
     # ---- the end of a run ----
 
@@ -326,35 +217,25 @@ class OurTrainer(ResumableTrainer):
         Args:
             choose_boosters: returns how many boosters of the finished chain to keep; without it all are kept.
         """
-        lora = self.lora_module
         ended = list(self.rounds.ended)
-        last, boosters = 1.0, None
-        if lora and lora.xgblora and lora.is_trained():
-            last = self.end_round()
-        if choose_boosters:
-            boosters = choose_boosters()
-            lora.chain.truncate(boosters)
+        last = self.end_last_round()
+        boosters = choose_boosters() if choose_boosters else None
+        if boosters is not None:
+            self.lora_module.truncate(boosters)
         if self.zeroth_order and self.method.replayable and collectives.is_main_process():
             best = self.best_checkpoint
-            self.zo.trajectory.save(
-                Path(self.args.output_dir) / TRAJECTORY,
-                settings=self.settings,
-                rounds=ended,
-                steps=int(best.rpartition("-")[2]) if best else self.state.global_step,
-                last=last,
-                boosters=boosters,
-            )
+            steps = int(best.rpartition("-")[2]) if best else self.state.global_step
+            about = {"rounds": ended, "steps": steps, "last": last, "boosters": boosters}
+            path = Path(self.args.output_dir) / TRAJECTORY
+            self.zo.trajectory.save(path, settings=self.settings, **about)
 
     def load_if_finished(self, checkpoint: str) -> bool:
-        if not super().load_if_finished(checkpoint):
-            return False
-        if self.args.xgblora:
-            self.rounds.load_state_dict(self.state.stateful_callbacks[ROUNDS])
-        if self.zeroth_order:
+        finished = super().load_if_finished(checkpoint)
+        if finished and self.zeroth_order:
             self.create_optimizer()
             saved = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
             self.zo.trajectory = Trajectory(**saved["trajectory"])
-        return True
+        return finished
 
     def replay(self, trajectory: Trajectory, steps: int | None = None) -> None:
         """Rebuild the weights of a run; by default those of its result. See training/replay.py."""
@@ -371,10 +252,56 @@ class OurTrainer(ResumableTrainer):
         return points * (epochs * batches + steps * accumulated)
 
 
-def group_by_decay(model, decayed: set[str], weight_decay: float) -> list[dict]:
-    """Return parameter groups in the model's order: z runs through the groups one after the other."""
+def parameter_groups(model, adapter, decayed: set[str], weight_decay: float) -> list[dict]:
+    """Return what is trained, in the model's order: z runs through the groups one after the other."""
+    if adapter:
+        return [{"params": list(adapter.parameters())}]
     trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for _, p in neighbours], "weight_decay": weight_decay if decays else 0.0}
         for decays, neighbours in itertools.groupby(trained, key=lambda entry: entry[0])
     ]
+
+
+def create_zeroth_order(model, adapter, decayed: set[str], method: Method, args) -> ZerothOrder:
+    """Return the zeroth-order optimizer of an adapter, or of all parameters that require a gradient.
+
+    Args:
+        decayed: names of the parameters that decay.
+        args: the learning rate, and the flags of zeroth order.
+    """
+    optimizer = ZerothOrder(
+        parameter_groups(model, adapter, decayed, args.weight_decay),
+        args.learning_rate,
+        args.zo_eps,
+        args.seed,
+        clip=args.max_grad_norm,
+        normalize=args.zo_normalize,
+        master=adapter is not None,
+        method=method,
+        distribution=args.zo_distribution,
+        optim=args.zo_optim,
+        set_perturbations=adapter.set_perturbations if adapter else None,
+    )
+    drift = rounding_drift(optimizer, args.learning_rate)
+    if drift > 1:
+        logger.warning(
+            "rounding moves these half-precision weights about %.0f x as far as the updates do "
+            "(|g| = 1): adapters (--lora, --xgblora, --prefix_tuning) or float32 keep them",
+            drift,
+        )
+    return optimizer
+
+
+def log_recommendations(optimizer: ZerothOrder, closure: Callable) -> None:
+    """Diagnose a run at its start, from the losses of one batch, and log what is better.
+
+    Raises:
+        UsageError: the losses say nothing.
+    """
+    try:
+        diagnosis = diagnose(optimizer, closure)
+    except ValueError as error:
+        raise UsageError(f"--zo_check: {error}") from error
+    for line in recommendations(diagnosis, optimizer):
+        logger.info(line)

@@ -98,6 +98,23 @@ def skip_lower_layers(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iter
             layers[i] = layer
 
 
+def reuse_lower_layers(
+    place: tuple[nn.ModuleList, int] | None, forward: Callable, cached: Tensor | None = None
+) -> contextlib.AbstractContextManager:
+    """Return a context in which `forward` runs the upper layers alone.
+
+    Args:
+        place: the decoder layers, and the number of the lowest one that is perturbed; None: not known.
+        forward: runs the model; outside the context it is run once, up to the lowest perturbed layer.
+        cached: the hidden states that come to that layer, where an `ActivationCache` holds them.
+    """
+    layers, first = place or (None, 0)
+    if first == 0:
+        return contextlib.nullcontext()
+    hidden = capture_hidden_states(layers[first], forward) if cached is None else cached
+    return contextlib.nullcontext() if hidden is None else skip_lower_layers(layers, first, hidden)
+
+
 class ActivationCache:
     """The hidden states that come to layer `first`, for every token of the training examples.
 
@@ -142,9 +159,8 @@ class ActivationCache:
         free = psutil.virtual_memory().available
         size = f"--zo_cache_activations: {rows} rows, {tokens} tokens of width {width}: {needed / 1e6:.1f} MB"
         if needed > 0.9 * free:
-            raise UsageError(
-                f"{size}, but {free / 1e6:.0f} MB are free: take fewer --num_train rows, half precision, or no cache"
-            )
+            advice = "take fewer --num_train rows, half precision, or no cache"
+            raise UsageError(f"{size}, but {free / 1e6:.0f} MB are free: {advice}")
         logger.info("%s on the host", size)
         return torch.empty(tokens, width, dtype=model.dtype)
 

@@ -93,9 +93,9 @@ def write_settings(checkpoint: Path, settings: dict) -> None:
 def publish(partial: Path, final: Path) -> None:
     """Give a written checkpoint its manifest, flush it and rename it to `final`, which may exist."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
-    }
+    manifest = {}
+    for file in files:
+        manifest[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
     for path in [*files, partial]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -172,10 +172,12 @@ def refuse_other_run(checkpoint: Path, settings: dict) -> None:
     """
     saved = json.loads((checkpoint / SETTINGS).read_text())
     if saved.pop("format", 1) != FORMAT:
-        raise UsageError(f"{checkpoint} was written by an earlier version of this program: --overwrite starts afresh")
+        reason = "was written by an earlier version of this program: --overwrite starts afresh"
+        raise UsageError(f"{checkpoint} {reason}")
     differ = differences(saved, settings)
     if differ:
-        raise UsageError(f"{checkpoint.parent} holds another run ({differ}): give another --output_dir, or --overwrite")
+        advice = "give another --output_dir, or --overwrite"
+        raise UsageError(f"{checkpoint.parent} holds another run ({differ}): {advice}")
 
 
 # ---- the lock ----

@@ -8,7 +8,12 @@ from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 
 
-def replay(trajectory: Trajectory, optimizer: ZerothOrder, lora: LoRA | None, steps: int | None = None) -> None:
+def replay(
+    trajectory: Trajectory,
+    optimizer: ZerothOrder,
+    lora: LoRA | None,
+    steps: int | None = None,
+) -> None:
     """Take the first steps of a run again, merges of boosters included.
 
     Args:

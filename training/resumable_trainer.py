@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -74,13 +75,17 @@ class DivergenceWatch(TrainerCallback):
         words = json.dumps([self.settings, state.max_steps, state.global_step], sort_keys=True).encode()
         number = float(int.from_bytes(hashlib.sha256(words).digest()[:6]))
         collectives.refuse_divergence(number, "flags or rows")
-        weights = collectives.tensor_fingerprint(collectives.all_tensors(model, optimizer))
-        collectives.refuse_divergence(weights, "weights before the first step")
+        refuse_other_weights(collectives.all_tensors(model, optimizer), "weights before the first step")
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.every and state.global_step % self.every == 0:
-            weights = collectives.tensor_fingerprint(collectives.optimizer_params(optimizer))
-            collectives.refuse_divergence(weights, f"weights after step {state.global_step}")
+            tensors = collectives.optimizer_params(optimizer)
+            refuse_other_weights(tensors, f"weights after step {state.global_step}")
+
+
+def refuse_other_weights(tensors: list[Tensor], name: str) -> None:
+    """Raise Diverged, naming the ranks, where not all ranks have the same tensors."""
+    collectives.refuse_divergence(collectives.tensor_fingerprint(tensors), name)
 
 
 class ResumableTrainer(Trainer):
@@ -91,8 +96,8 @@ class ResumableTrainer(Trainer):
         settings: what makes this run another run than one with other values; kept in each checkpoint.
         signals: requests to stop, see distributed/stop_signals.py.
 
-    `lora_module`: the `LoRA` whose adapters are trained; set it before `train()`. Without it a `PrefixTuning`
-    of the model is trained, or all parameters that require a gradient.
+    Set `lora_module`, the `LoRA` whose adapters are trained, before `train()`. Without it a `PrefixTuning` of
+    the model is trained, or all parameters that require a gradient.
     """
 
     def __init__(self, *args, evaluate_fn=None, settings=None, signals=None, **kwargs):
@@ -104,8 +109,7 @@ class ResumableTrainer(Trainer):
         self._staging: Path | None = None
         self._full_state: dict | None = None  # the model's state in whole tensors, while it is written
         super().__init__(*args, **kwargs)
-        # The library's own limit removes the newest checkpoint at the end where another one is best: a rerun
-        # would train again.
+        # The library's limit may remove the newest checkpoint, where another is best: a rerun would train.
         self.checkpoint_limit = self.args.save_total_limit
         self.args.save_total_limit = None
         self.stop_on_signal = StopOnSignal(self.signals, self.run_pending_evaluation)
@@ -146,14 +150,15 @@ class ResumableTrainer(Trainer):
 
     def run_pending_evaluation(self) -> None:
         """Evaluate the current step, whose evaluation a signal cut off, as the loop would have done."""
-        metrics, step = self._evaluate(None, None), self.state.global_step
+        metrics = self._evaluate(None, None)
         if self._determine_best_metric(metrics=metrics, trial=None) and self.args.save_strategy == "best":
-            steps = self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, [])
             # An undisturbed run would have saved this step.
-            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = [other for other in steps if other != step]
+            steps = self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, [])
+            steps = [step for step in steps if step != self.state.global_step]
+            self.state.stateful_callbacks[SIGNAL_CHECKPOINTS] = steps
         self._set_best_checkpoint()
 
-    # ---- writing ----
+    # ---- checkpoints ----
 
     def _save(self, output_dir=None, state_dict=None):
         """Write an adapter or a model directory, with the tokenizer; the library would add a pickle."""
@@ -174,8 +179,8 @@ class ResumableTrainer(Trainer):
         """Rank 0 writes, where all ranks have the same weights; the others take over how it went."""
         step = self.state.global_step
         if collectives.world_size() > 1:
-            weights = collectives.tensor_fingerprint(collectives.all_tensors(self.model, self.optimizer))
-            collectives.refuse_divergence(weights, f"weights at step {step}")
+            tensors = collectives.all_tensors(self.model, self.optimizer)
+            refuse_other_weights(tensors, f"weights at step {step}")
         steps = self.state.stateful_callbacks.pop(SIGNAL_CHECKPOINTS, [])
         steps = [other for other in steps if other != step]
         if self.stop_on_signal.saved_by_signal:
@@ -219,14 +224,13 @@ class ResumableTrainer(Trainer):
                 raise
             self.state.best_model_checkpoint = best
             if not self.unsaved:
-                logger.warning(
-                    "%s could not be saved (%s); training goes on, and the next save tries again", name, error
-                )
+                message = "%s could not be saved (%s); training goes on, and the next save tries again"
+                logger.warning(message, name, error)
             self.unsaved = error
         else:
             self.unsaved = None
-            keep = self.state.best_model_checkpoint
-            checkpoints.remove_old_checkpoints(output_dir, self.checkpoint_limit, keep=keep)
+            best = self.state.best_model_checkpoint
+            checkpoints.remove_old_checkpoints(output_dir, self.checkpoint_limit, keep=best)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -234,24 +238,18 @@ class ResumableTrainer(Trainer):
     def refuse_unsaved(self) -> None:
         """Raise StateNotSaved where the last state could not be written."""
         if self.unsaved:
-            raise checkpoints.StateNotSaved(
-                f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}"
-            )
+            reason = f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}"
+            raise checkpoints.StateNotSaved(reason)
 
     def _set_best_checkpoint(self, written: str | None = None) -> None:
-        """Point to the checkpoint of the best step, where there is one.
+        """Point to the checkpoint of the best step, if there is one; `written` is the one being written.
 
         A checkpoint that a signal caused does not count, since an undisturbed run has none.
-
-        Args:
-            written: name of the checkpoint that is being written.
         """
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         counts = self.state.best_global_step not in self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, ())
         if counts and (best.name == written or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-
-    # ---- reading ----
 
     @property
     def best_checkpoint(self) -> str | None:
@@ -261,8 +259,7 @@ class ResumableTrainer(Trainer):
     def load_if_finished(self, checkpoint: str) -> bool:
         """Return whether a checkpoint is the end of this run; if so take its state and the result's weights.
 
-        Raises:
-            UsageError: the checkpoint is of a longer run.
+        Raises UsageError where the checkpoint is of a longer run.
         """
         folder = Path(checkpoint).parent
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
@@ -278,10 +275,8 @@ class ResumableTrainer(Trainer):
         if state.stateful_callbacks.pop(PENDING_EVAL, None):
             self._load_from_checkpoint(checkpoint)
             self.run_pending_evaluation()
-        result = checkpoint
-        if self.best_checkpoint:  # whose folder may have moved
-            result = str(folder / Path(self.best_checkpoint).name)
-        self._load_from_checkpoint(result)
+        best = self.best_checkpoint  # whose folder may have moved
+        self._load_from_checkpoint(str(folder / Path(best).name) if best else checkpoint)
         return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
