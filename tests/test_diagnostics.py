@@ -16,11 +16,13 @@ def test_a_diagnosis_knows_a_quadratic():
     engine = ZerothOrder([p], lr=1e-3, eps=1e-2, seed=4)
     diagnosis = diagnose(engine, lambda: (h * p.double() ** 2).sum() / 2, directions=600)
     gradient = h * x
-    expected = 2 * gradient.square().sum() / (gradient.square().sum() * h.sum() + 2 * (h * gradient.square()).sum())
+    square = gradient.square()
+    expected = 2 * square.sum() / (square.sum() * h.sum() + 2 * (h * square).sum())
     assert diagnosis.trace == pytest.approx(h.sum().item(), rel=0.05)
     assert diagnosis.g == pytest.approx(gradient.norm().item(), rel=0.05)
     assert diagnosis.largest_lr == pytest.approx(expected.item(), rel=0.1)
-    assert diagnosis.noise_share < 1e-3 and diagnosis.nonlinearity < 1e-3 and diagnosis.forwards == 1 + 6 * 600
+    assert diagnosis.noise_share < 1e-3 and diagnosis.nonlinearity < 1e-3
+    assert diagnosis.forwards == 1 + 6 * 600
     assert torch.equal(p, x) and engine.counts.step == 0
     assert "fit" in recommendations(diagnosis, engine)[-1]
     engine.param_groups[0]["lr"] = 10.0
@@ -30,7 +32,10 @@ def test_a_diagnosis_knows_a_quadratic():
 @pytest.mark.parametrize("grain", [2e-3, 4e-3])
 def test_a_diagnosis_finds_rounding_and_an_eps_that_drowns_in_it(grain):
     p = nn.Parameter(torch.linspace(-1, 1, 50))
-    coarse = lambda: ((p.double() - 0.3) ** 2).sum() + grain * torch.sin(p.double() * 1e8).sum() / 5  # noqa: E731
+
+    def coarse():
+        return ((p.double() - 0.3) ** 2).sum() + grain * torch.sin(p.double() * 1e8).sum() / 5
+
     diagnosis = diagnose(ZerothOrder([p], eps=1e-4), coarse, directions=40)
     assert 0.5 < diagnosis.noise / grain < 2 and diagnosis.noise_share > 0.5
     assert any("drowns" in line for line in recommendations(diagnosis, ZerothOrder([p], eps=1e-4)))
@@ -44,15 +49,17 @@ def test_a_diagnosis_finds_an_eps_that_leaves_the_linear_range():
     engine = ZerothOrder([p], eps=1.0)
     diagnosis = diagnose(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
     assert diagnosis.nonlinearity > 0.2
-    inside = diagnose(ZerothOrder([p], eps=diagnosis.eps[1]), lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
+    engine = ZerothOrder([p], eps=diagnosis.eps[1])
+    inside = diagnose(engine, lambda: torch.sin(p.double() + 0.3).sum(), directions=40)
     assert inside.nonlinearity < 0.15
 
 
-def test_a_diagnosis_tells_a_rounding_walk():
+def test_a_diagnosis_tells_a_rounding_drift():
     p = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     engine = ZerothOrder([p], lr=1e-7, eps=1e-2, master=False)
     diagnosis = diagnose(engine, lambda: (p.float() ** 2).sum())
-    assert diagnosis.rounding_drift > 10 and any("adapters" in line for line in recommendations(diagnosis, engine))
+    assert diagnosis.rounding_drift > 10
+    assert any("adapters" in line for line in recommendations(diagnosis, engine))
 
 
 def test_a_diagnosis_leaves_the_step_at_hand_alone():

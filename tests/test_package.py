@@ -43,13 +43,13 @@ def installed(tmp_path_factory) -> Path:
     checkout = folder / "checkout"  # a copy: setuptools writes beside what it builds
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(checkout)]
+    alone = ["--no-deps", "--no-index"]
+    build = ["wheel", *alone, "--no-build-isolation", "--wheel-dir", str(folder), str(checkout)]
     subprocess.run([*pip, *build], check=True)
     (wheel,) = folder.glob("*.whl")
     target = folder / "site"
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel)], check=True
-    )
+    install = ["install", *alone, "--no-compile", "--target", str(target), str(wheel)]
+    subprocess.run([*pip, *install], check=True)
     return target
 
 
@@ -60,7 +60,8 @@ def test_the_wheel_contains_zo_alone(installed):
     assert contents == {"zo/README.md", *(f"zo/{path.name}" for path in (ROOT / "zo").glob("*.py"))}
     (metadata,) = installed.glob("*.dist-info/METADATA")
     requirements = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata.read_text(), re.M)
-    assert {name for name, condition in requirements if "extra" not in condition} == {"torch", "numpy", "safetensors"}
+    always = {name for name, condition in requirements if "extra" not in condition}
+    assert always == {"torch", "numpy", "safetensors"}
 
 
 def test_the_loop_runs_where_nothing_else_is(installed, tmp_path):

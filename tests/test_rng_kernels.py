@@ -1,4 +1,4 @@
-"""The GPU kernels of rng_kernels.py give the bits of counter_rng.py; without a GPU in Triton's interpreter."""
+"""The kernels of rng_kernels.py give the bits of counter_rng.py: on a GPU, else in Triton's interpreter."""
 
 import os
 import subprocess

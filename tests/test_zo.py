@@ -274,7 +274,8 @@ def test_parameters_used_in_their_own_way_are_perturbed_too():
     engine.estimate(closure)
     assert engine.losses == pytest.approx(expected, rel=1e-5)
     engine.losses = [0.0, 0.0]
-    engine.estimate(closure, copies=2)  # inside this attention tokens come first: one forward a point, and right
+    # Inside this attention tokens come first: the copies are given up, and the losses are right.
+    engine.estimate(closure, copies=2)
     assert engine.losses == pytest.approx(expected, rel=1e-5) and engine.forward_per_point
 
 
@@ -295,7 +296,7 @@ class Routed(nn.Module):
 
 UNSPLITTABLE = {
     "experts": lambda model, x, n: model(x.repeat(n, 1, 1), n),
-    "a penalty on the weights": lambda model, x, n: model(x.repeat(n, 1, 1), n) + model.first.bias.square().sum(),
+    "a penalty": lambda model, x, n: model(x.repeat(n, 1, 1), n) + model.first.bias.square().sum(),
     "nothing of the batch": lambda model, x, n: model.first.bias.square(),
 }
 
@@ -305,7 +306,10 @@ def test_where_copies_can_t_be_told_apart_each_point_has_a_forward(kind, caplog)
     torch.manual_seed(0)
     model, x = Routed().eval(), torch.randn(4, 6, 16)
     engine = ZerothOrder(model, eps=1e-2, master=False)
-    closure = lambda copies=1: UNSPLITTABLE[kind](model, x, copies).mean(0 if copies == 1 else ())  # noqa: E731
+
+    def closure(copies=1):
+        return UNSPLITTABLE[kind](model, x, copies).mean(0 if copies == 1 else ())
+
     params = list(model.parameters())
     expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
     for _ in range(2):
@@ -351,7 +355,10 @@ def test_no_second_copy_and_no_large_temporary(monkeypatch):
     assert largest[0] <= 0.02 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 100), (torch.float16, 100), (torch.bfloat16, 1000)])
+STEPS_AT_RATE_0 = [(torch.float32, 100), (torch.float16, 100), (torch.bfloat16, 1000)]
+
+
+@pytest.mark.parametrize(("dtype", "steps"), STEPS_AT_RATE_0)
 def test_a_thousand_steps_at_rate_0_change_no_bit(dtype, steps):
     torch.manual_seed(0)
     model, x = nn.Linear(8, 8).to(dtype), torch.randn(2, 8, dtype=dtype)
@@ -364,7 +371,7 @@ def test_a_thousand_steps_at_rate_0_change_no_bit(dtype, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_updates_without_a_master_are_right_in_the_mean(dtype):
-    """Updates far below the spacing of the weights: lost by rounding to nearest, kept on average by chance."""
+    """Updates far below the spacing of the weights: rounding to nearest loses them, chance does not."""
     start, g = torch.linspace(0.5, 2, 64).to(dtype), torch.finfo(dtype).eps / 8
     moves, zs = [], []
     for step in range(400):
@@ -390,7 +397,8 @@ def test_copies_of_adapters_equal_one_forward_a_point(family, queries):
         lora = LoRA(model, 2, 16, seed=1, freeze_a=freeze_a)
         for module in lora.lora_modules:
             module.lora_B.data.normal_()
-        engine = ZerothOrder(model, eps=1e-2, queries=queries, master=True, set_perturbations=lora.set_perturbations)
+        options = {"master": True, "set_perturbations": lora.set_perturbations}
+        engine = ZerothOrder(model, eps=1e-2, queries=queries, **options)
         closure = partial(logprobs.loss, model, packing.pack(some_examples()), True)
         found = []
         for copies in (1, 2, 2 * queries):
@@ -438,14 +446,15 @@ def test_torch_optimizers_take_the_estimate_as_a_gradient(optim):
     plain = nn.Parameter(torch.zeros(9))
     kind, more = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}[optim]
     other = kind([plain], lr=0.01, weight_decay=0.1, **more)
-    engine = ZerothOrder([p], lr=0.01, eps=1e-3, weight_decay=0.1, master=True, optim=optim, normalize=True)
+    options = {"lr": 0.01, "eps": 1e-3, "master": True, "optim": optim, "normalize": True}
+    engine = ZerothOrder([p], weight_decay=0.1, **options)
     for step in range(6):
         engine.step(lambda: ((p - target) ** 2).sum())
         plain.grad = gaussian((0, step, 0), 0, 9) * engine.trajectory.coefficients[step][0]
         other.step()
         assert torch.allclose(p, plain, atol=1e-6)
     state = copy.deepcopy(engine.state_dict())
-    again = ZerothOrder([nn.Parameter(p.detach().clone())], lr=0.01, eps=1e-3, master=True, optim=optim, normalize=True)
+    again = ZerothOrder([nn.Parameter(p.detach().clone())], **options)
     again.load_state_dict(state)
     q = again.blocks[0].params[0]
     engine.step(lambda: ((p - target) ** 2).sum())
@@ -475,8 +484,9 @@ def test_low_rank_directions_are_of_low_rank_and_lazily_drawn():
         assert engine.directions.z(bias, 0).unique().numel() > 10
     spans = [torch.linalg.matrix_rank(torch.cat([seen[0], other]), tol=1e-4) for other in seen]
     assert spans == [2, 2, 2, 4]
-    drawn = torch.stack([LOZO().direction(DirectionSource(s), weight, 0, 0, range(20), "cpu") for s in range(300)])
-    assert abs(drawn.var() - 1) < 0.05 and abs(drawn.mean()) < 0.02
+    sources = [DirectionSource(seed) for seed in range(300)]
+    z = torch.stack([LOZO().direction(source, weight, 0, 0, range(20), "cpu") for source in sources])
+    assert abs(z.var() - 1) < 0.05 and abs(z.mean()) < 0.02
 
 
 def test_a_method_is_a_few_lines():

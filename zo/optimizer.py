@@ -77,8 +77,8 @@ class StepCounts:
         if self.in_a_row >= MAX_NONFINITE_STEPS:
             raise NonFiniteLoss(
                 f"the loss was NaN or infinite in {MAX_NONFINITE_STEPS} steps in a row, up to step "
-                f"{self.step}; the weights are those before them. Lower the learning rate or eps, or load the "
-                "model in bfloat16 or float32"
+                f"{self.step}; the weights are those before them. Lower the learning rate or eps, or load "
+                "the model in bfloat16 or float32"
             )
 
 

@@ -19,7 +19,9 @@ def test_a_diagnosis_finds_a_wrong_eps_on_smollm2_in_bf16():
     tokenizer = AutoTokenizer.from_pretrained(path)
     words = [tokenizer.encode(" terrible"), tokenizer.encode(" great")]
     prompts = [tokenizer.encode(f"{sentence} It was") for sentence, _ in TRAIN]
-    examples = [packing.Example([p + w for w in words], [1, 1], y) for p, (_, y) in zip(prompts, TRAIN, strict=True)]
+    examples = []
+    for prompt, (_, label) in zip(prompts, TRAIN, strict=True):
+        examples.append(packing.Example([prompt + word for word in words], [1, 1], label))
     closure = partial(logprobs.loss, model, packing.pack(examples), True)
     LoRA(model, 1, 16, freeze_a=True)
     share = {}

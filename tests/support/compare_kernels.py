@@ -1,6 +1,6 @@
-"""Compare the kernels of rng_kernels.py with the torch operations of counter_rng.py: python -m support.compare_kernels.
+"""Compare the kernels of rng_kernels.py with the torch operations of counter_rng.py.
 
-With TRITON_INTERPRET=1 on the CPU, else on a GPU.
+`python -m support.compare_kernels`: with TRITON_INTERPRET=1 on the CPU, else on a GPU.
 """
 
 import os
@@ -15,8 +15,8 @@ INTERPRETED = "TRITON_INTERPRET" in os.environ
 DEVICE = "cpu" if INTERPRETED else "cuda"
 COUNTER = (3, 0)
 ROUNDING = (3, "rounding")
-# Within words, and over the ends of keys: a key serves 2^31 gaussian elements and 2^35 signs. The interpreter takes a
-# tenth of a second for a launch; a GPU compares every offset with every length.
+# Within words, and over the ends of keys: a key serves 2^31 gaussian elements and 2^35 signs. The interpreter
+# takes long for a launch; a GPU compares every offset with every length.
 STARTS = (0, 1, 33, (1 << 31) - 700, (1 << 33) + 5, (1 << 35) - 700)
 PLACES_OF_INTERPRETER = {
     "gaussian": [(1, 1), ((1 << 31) - 700, 1100), ((1 << 33) + 5, 1100)],

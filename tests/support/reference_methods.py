@@ -57,9 +57,9 @@ def lozo(theta, loss, *, step, seed, lr, eps, rank, interval):
 
 
 def fzoo(theta, loss, *, step, seed, lr, eps, queries):
-    """FZOO (arXiv 2506.09034, Algorithm 1): one-sided differences along signs, a step as long as losses are alike.
+    """FZOO (arXiv 2506.09034, Algorithm 1): one-sided differences along signs, long steps where losses agree.
 
-    l_i = L(θ + ε u_i),   g = Σ (l_i − L(θ)) u_i / (ε N),   θ ← θ − η g / σ,   σ = standard deviation of l_1 … l_N
+    l_i = L(θ + ε u_i),   g = Σ (l_i − L(θ)) u_i / (ε N),   θ ← θ − η g / σ,   σ = deviation of l_1 … l_N
     """
     signs = [draw((seed, step, query), [p.shape for p in theta], "rademacher") for query in range(queries)]
     at_theta = loss(theta)
