@@ -93,7 +93,7 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
     pretrained = {n: p.detach().double() for n, p in Stack(c["shapes"], c["dtype"], c["conv"]).named_parameters()}
     model, lora = build(c)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(c["dtype"])
-    kept = 0
+    num_merged = 0
     for i in range(c["rounds"]):
         rank = c["ranks"][min(i, len(c["ranks"]) - 1)]
         adapted = [m for m in lora.lora_modules if m.r]
@@ -105,9 +105,9 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
             expected = model(x)
         assert torch.equal(model(x), before)
         lora.merge_and_reinit(length)
-        kept += length > 0
+        num_merged += length > 0
         assert torch.allclose(model(x), expected, atol=TOLERANCE[c["dtype"]])
-    assert len(lora.boosters) == len(lora.lengths) == kept and lora.round == c["rounds"]
+    assert len(lora.boosters) == len(lora.lengths) == num_merged and lora.round == c["rounds"]
     for name, delta in dense(lora).items():
         module, start = lora.modules[name], pretrained[f"{name}.weight"]
         if c["ensemble"]:
@@ -115,7 +115,7 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
             assert torch.allclose(lora.chain.merged_fp32(name).double(), start + delta, atol=1e-5)
         else:
             error = (module.weight.double() - start - delta).abs()
-            assert (error <= half_a_unit(start + delta, c["dtype"], 4 * kept)).all()
+            assert (error <= half_a_unit(start + delta, c["dtype"], 4 * num_merged)).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -128,14 +128,14 @@ def test_a_saved_chain_is_the_same_bits_again_and_peft_adds_up_to_it(c, tmp_path
         lora.merge_and_reinit(c["lengths"][i])
     train_a_bit(lora, 99, 0.1)
     lora.save_pretrained(path)
-    again, loaded = build(c)
+    reloaded, loaded = build(c)
     loaded.load(path)
     assert (loaded.round, loaded.lengths) == (lora.round, lora.lengths)
-    for one in (lora, loaded):
-        train_a_bit(one, 7)
-        one.merge_and_reinit()
+    for adapters in (lora, loaded):
+        train_a_bit(adapters, 7)
+        adapters.merge_and_reinit()
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(c["dtype"])
-    assert torch.equal(model(x), again(x))
+    assert torch.equal(model(x), reloaded(x))
     for a, b in zip(lora.boosters, loaded.boosters, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[n].A, b[n].A) and torch.equal(a[n].B, b[n].B) for n in a)
     config = peft_files.read_lora_config(path)
@@ -203,13 +203,13 @@ def test_2000_boosters_are_rounded_once(dtype):
 def test_a_chain_of_200_comes_back_and_loads_in_peft(tmp_path):
     model, lora = boosted("llama", 200)
     lora.save_pretrained(tmp_path)
-    again = tiny_model("llama")
-    loaded = LoRA(again, 1, 16, xgblora=True)
+    reloaded = tiny_model("llama")
+    loaded = LoRA(reloaded, 1, 16, xgblora=True)
     loaded.load(tmp_path)
-    assert len(loaded.boosters) == 200 and torch.equal(logits(again), logits(model))
-    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    assert len(loaded.boosters) == 200 and torch.equal(logits(reloaded), logits(model))
+    peft_model = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
     scale = logits(model).abs().max()
-    assert (logits(theirs) - logits(model)).abs().max() <= 1e-4 * scale
+    assert (logits(peft_model) - logits(model)).abs().max() <= 1e-4 * scale
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
@@ -233,26 +233,29 @@ def test_peft_loads_every_form_with_the_same_logits(family, form, tmp_path):
 
 
 def test_an_ensemble_is_the_same_function_as_the_merged_form(family):
-    (merged, a), (ensemble, b) = boosted(family, 4), boosted(family, 4, ensemble=True)
+    merged, merged_lora = boosted(family, 4)
+    ensemble, ensemble_lora = boosted(family, 4, ensemble=True)
     before = tiny_model(family).state_dict()
     assert torch.allclose(logits(ensemble), logits(merged), atol=2e-5)
     assert all(torch.equal(v, before[k]) for k, v in ensemble.state_dict().items() if "lora_" not in k)
-    for one in (a, b):
-        train_a_bit(one, 8)
+    for lora in (merged_lora, ensemble_lora):
+        train_a_bit(lora, 8)
     assert torch.allclose(logits(ensemble), logits(merged), atol=2e-5)
-    assert not b.chain.pretrained and not b.chain.delta_sum  # no copy of the weights on the host
+    assert (
+        not ensemble_lora.chain.pretrained and not ensemble_lora.chain.delta_sum
+    )  # no copy of the weights on the host
 
 
 def test_an_ensemble_in_bf16_is_nearer_to_the_exact_weights():
-    _, one = boosted("llama", 3, torch.float32)
+    _, exact = boosted("llama", 3, torch.float32)
     errors = {}
     start = tiny_model("llama", dtype=torch.bfloat16)
-    deltas = dense(one)
+    deltas = dense(exact)
     for form in (False, True):
         _, lora = boosted("llama", 3, torch.bfloat16, ensemble=form)
-        shown = {n: (lora.chain.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
+        weights = {n: (lora.chain.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
         errors[form] = sum(
-            (shown[n] - start.state_dict()[f"{n}.weight"].double() - deltas[n]).square().sum() for n in shown
+            (weights[n] - start.state_dict()[f"{n}.weight"].double() - deltas[n]).square().sum() for n in weights
         )
     assert errors[True] < errors[False] / 1000
 
@@ -272,16 +275,18 @@ def test_copies_see_their_own_perturbation_beside_an_ensemble():
 
 
 def test_random_layers_are_a_function_of_seed_and_round():
-    def drawn(seed):
+    def layers_of_rounds(seed):
         lora = LoRA(tiny_model("llama"), 1, 16, xgblora=True, layers="random:1", seed=seed)
-        found = []
+        rounds = []
         for _ in range(12):
-            found.append(tuple(sorted(n for n, m in lora.modules.items() if m.r)))
+            rounds.append(tuple(sorted(n for n, m in lora.modules.items() if m.r)))
             lora.merge_and_reinit()
-        return found
+        return rounds
 
-    assert drawn(0) == drawn(0) != drawn(1)
-    assert all(len(names) == 2 for names in drawn(0)) and len(set(drawn(0))) == 2  # q and v of either layer
+    assert layers_of_rounds(0) == layers_of_rounds(0) != layers_of_rounds(1)
+    assert (
+        all(len(names) == 2 for names in layers_of_rounds(0)) and len(set(layers_of_rounds(0))) == 2
+    )  # q and v of either layer
 
 
 def test_the_upper_layers_are_those_with_the_highest_numbers(family):
@@ -298,12 +303,13 @@ def test_layers_that_are_not_there_are_refused(layers):
 
 def test_stages_are_the_chains_beginnings_and_leave_the_whole(family):
     model, lora = boosted(family, 5, torch.bfloat16, seed=2)
-    whole, found = logits(model), {}
+    full_chain, stages = logits(model), {}
     for k in lora.chain.staged(2):
-        found[k] = logits(model)
-    assert sorted(found) == [0, 2, 4, 5] and torch.equal(logits(model), whole) and torch.equal(found[5], whole)
-    assert torch.equal(found[0], logits(tiny_model(family, dtype=torch.bfloat16)))
-    assert torch.equal(found[2], logits(boosted(family, 2, torch.bfloat16, seed=2)[0]))
+        stages[k] = logits(model)
+    assert sorted(stages) == [0, 2, 4, 5]
+    assert torch.equal(logits(model), full_chain) and torch.equal(stages[5], full_chain)
+    assert torch.equal(stages[0], logits(tiny_model(family, dtype=torch.bfloat16)))
+    assert torch.equal(stages[2], logits(boosted(family, 2, torch.bfloat16, seed=2)[0]))
 
 
 def test_a_truncated_chain_goes_on_from_there():
@@ -316,7 +322,7 @@ def test_a_truncated_chain_goes_on_from_there():
 @pytest.mark.parametrize("ensemble", [False, True])
 def test_the_first_boosters_of_a_saved_chain(tmp_path, ensemble):
     _, lora = boosted("llama", 4)
-    train_a_bit(lora, 50)  # the live one counts as the fifth
+    train_a_bit(lora, 50)  # the current one counts as the fifth
     lora.save_pretrained(tmp_path)
     for k in (0, 3, 5, None):
         model = tiny_model("llama")
@@ -327,7 +333,7 @@ def test_the_first_boosters_of_a_saved_chain(tmp_path, ensemble):
         LoRA(tiny_model("llama"), 1, 16, xgblora=True).load(tmp_path, 6, keep_current=False)
 
 
-def test_a_live_booster_that_this_round_can_not_train_becomes_part_of_the_chain(tmp_path):
+def test_a_current_booster_that_this_round_can_not_train_becomes_part_of_the_chain(tmp_path):
     saved, lora = boosted("llama", 1, ranks=[1, 2])
     train_a_bit(lora, 3)
     lora.save_pretrained(tmp_path)
@@ -341,19 +347,20 @@ def test_a_live_booster_that_this_round_can_not_train_becomes_part_of_the_chain(
 @pytest.mark.parametrize("rank", [1, 3, 6, 50])
 def test_compression_is_the_best_of_its_rank(rank, family, tmp_path):
     model, lora = boosted(family, 6)
-    one, lost = chain.compress(lora.boosters, rank)
-    left = whole = 0.0
+    compressed, error = chain.compress(lora.boosters, rank)
+    squared_error = squared_norm = 0.0
     for name, delta in dense(lora).items():
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
-        best = lora.modules[name].to_weight_layout(one[name].B.double() @ one[name].A.double())
+        best = lora.modules[name].to_weight_layout(compressed[name].B.double() @ compressed[name].A.double())
         assert torch.allclose(best, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-4 * s[0])
-        left, whole = left + s[rank:].square().sum(), whole + s.square().sum()
-    assert lost == pytest.approx(math.sqrt(left / whole), abs=1e-6) and (rank < 6 or lost < 1e-6)
-    assert lora.export(tmp_path, rank) == pytest.approx(lost, abs=1e-6)
-    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+        squared_error += s[rank:].square().sum()
+        squared_norm += s.square().sum()
+    assert error == pytest.approx(math.sqrt(squared_error / squared_norm), abs=1e-6) and (rank < 6 or error < 1e-6)
+    assert lora.export(tmp_path, rank) == pytest.approx(error, abs=1e-6)
+    peft_model = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] <= max(rank, 7)
     if rank >= 6:
-        assert torch.allclose(logits(theirs), logits(model), atol=1e-4)
+        assert torch.allclose(logits(peft_model), logits(model), atol=1e-4)
 
 
 def test_the_loss_of_a_rounding_is_told_and_a_large_one_names_the_ensemble(caplog):
@@ -374,13 +381,13 @@ def test_a_grouped_query_model_has_its_own_shapes_per_layer():
 
 
 def test_the_best_stage_is_the_first_of_the_best():
-    found = [{"boosters": k, "accuracy": a, "loss": x} for k, a, x in ((0, 0.5, 0.7), (1, 0.8, 0.5), (2, 0.8, 0.4))]
-    assert staged_results.best_prefix(found, "accuracy") == 1 and staged_results.best_prefix(found, "loss") == 2
-    lines = staged_results.format_stages(found, "accuracy")
+    stages = [{"boosters": k, "accuracy": a, "loss": x} for k, a, x in ((0, 0.5, 0.7), (1, 0.8, 0.5), (2, 0.8, 0.4))]
+    assert staged_results.best_prefix(stages, "accuracy") == 1 and staged_results.best_prefix(stages, "loss") == 2
+    lines = staged_results.format_stages(stages, "accuracy")
     assert "best accuracy" in lines[2] and len(lines) == 4
 
 
-def test_a_picture_of_stages_is_drawn(tmp_path):
-    found = [{"boosters": k, "accuracy": k / 3, "loss": 1 - k / 4} for k in range(3)]
-    staged_results.plot([found, found], ["a", "b"], "accuracy", tmp_path / "x" / "staged.png")
+def test_a_picture_of_stages_is_layers_of_rounds(tmp_path):
+    stages = [{"boosters": k, "accuracy": k / 3, "loss": 1 - k / 4} for k in range(3)]
+    staged_results.plot([stages, stages], ["a", "b"], "accuracy", tmp_path / "x" / "staged.png")
     assert (tmp_path / "x" / "staged.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,6 @@
 """Every model family, tiny and random: adapters, chains, steps, scores and answers are what the model itself gives.
 
-The table "Model families" in README.md says the same as `FACTS`: its targets are those of
+The table of docs/FAMILIES.md says the same as `FACTS`: its targets are those of
 `test_targets_are_q_and_v_or_those_of_peft`, its scoring of `test_scores_are_those_of_one_row_a_candidate`, its full zo
 of `test_a_full_step_is_that_of_perturbed_weights`, its notes of `test_windows_decide_where_rows_may_be_longer`,
 `test_rows_are_no_longer_than_the_model_takes` and `test_models_with_images_are_refused`.
@@ -131,15 +131,15 @@ def test_a_merge_keeps_the_function_and_merged_weights_are_a_plain_model(family,
     assert torch.allclose(logits(loaded), expected, atol=2e-5)
 
 
-def test_peft_loads_our_chain_with_its_live_booster(family, tmp_path):
+def test_peft_loads_our_chain_with_its_current_booster(family, tmp_path):
     model, lora = boosted(family, 2)
     train_a_bit(lora, 9)
     lora.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
-    assert torch.allclose(logits(theirs), logits(model), atol=2e-5)
-    again = tiny_model(family)
-    LoRA(again, r=1, alpha=16, xgblora=True).load(tmp_path)
-    assert torch.equal(logits(again), logits(model))
+    peft_model = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+    assert torch.allclose(logits(peft_model), logits(model), atol=2e-5)
+    reloaded = tiny_model(family)
+    LoRA(reloaded, r=1, alpha=16, xgblora=True).load(tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_both_signs_of_adapters_in_one_forward(family):
@@ -162,18 +162,20 @@ def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
     expected = [loss_at(params, perturbed(model, engine, 0, s * 1e-2), closure) for s in (1, -1)]
     for copies in (1, 2, 2):
         assert losses(engine, closure, copies) == pytest.approx(expected, rel=5e-6), copies
-    together = FACTS[family][2]
-    assert engine.forward_per_point != together and len(caplog.records) == (not together)
+    batched = FACTS[family][2]
+    assert engine.forward_per_point != batched and len(caplog.records) == (not batched)
     g = (engine.losses[0] - engine.losses[1]) / 2e-2
-    wanted = perturbed(model, engine, 0, -1e-3 * g)
+    expected_params = perturbed(model, engine, 0, -1e-3 * g)
     engine.step()
-    for p, value in zip(params, wanted, strict=True):
+    for p, value in zip(params, expected_params, strict=True):
         assert torch.allclose(p, value, atol=1e-6)
 
 
 def test_no_matrix_is_perturbed_whole(family, monkeypatch, caplog):
     """Only stacked experts are, and the log says how much that is."""
-    monkeypatch.setattr(counter_rng, "CHUNK_SIZE", 300)  # norms, biases and what is made of them have fewer elements
+    monkeypatch.setattr(
+        counter_rng, "CHUNK_SIZE", 300
+    )  # norms, biases and what is computed from them have fewer elements
     model = tiny_model(family)
     engine = ZerothOrder(model, eps=1e-2, master=False)
     losses(engine, closure_of(model, family, 3), 1)
@@ -264,10 +266,10 @@ def test_norms_and_biases_are_not_decayed(family):
     assert all((name in decayed) == (p.dim() > 1) for name, p in model.named_parameters())
 
 
-def test_the_table_in_the_readme_says_so():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    section = re.search(r"## Model families\n(.*?)\n## ", text, re.S)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line][2:]
+def test_the_table_of_families_says_so():
+    text = (Path(__file__).parent.parent / "docs" / "FAMILIES.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     seen = set()
     for _, names, targets, scored, full, _ in rows:
         for name in re.findall(r"`([^`]+)`", names):

@@ -104,16 +104,16 @@ def test_the_weight_is_the_pretrained_one_plus_the_chain_rounded_once(family, dt
 def test_merging_one_by_one_in_bf16_would_lose_more():
     pretrained = tiny_model("llama", dtype=torch.bfloat16).state_dict()
     _, lora = boosted("llama", 40, torch.bfloat16, seed=1)
-    ours = theirs = 0.0
+    chain_error = sequential_error = 0.0
     for name, module in lora.modules.items():
         weight, exact = pretrained[f"{name}.weight"].clone(), pretrained[f"{name}.weight"].double()
         for booster in (b[name] for b in lora.boosters):
             delta = booster.scaling * booster.B @ booster.A
             weight += delta.to(weight.dtype)
             exact += delta.double()
-        ours += (module.weight.double() - exact).square().sum().item()
-        theirs += (weight.double() - exact).square().sum().item()
-    assert ours < theirs / 9
+        chain_error += (module.weight.double() - exact).square().sum().item()
+        sequential_error += (weight.double() - exact).square().sum().item()
+    assert chain_error < sequential_error / 9
 
 
 def test_merge_outside_xgblora_warns_and_does_nothing(caplog):
@@ -155,7 +155,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(family, kind, tmp_path):
     train_a_bit(lora, 77)
     lora.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4  # 3 boosters and the live one
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4  # 3 boosters and the current one
     assert torch.allclose(logits(loaded), logits(model), atol=2e-5)
 
 
@@ -163,28 +163,28 @@ def test_a_saved_chain_comes_back_bit_for_bit(family, tmp_path):
     model, lora = boosted(family, 3, torch.bfloat16, seed=2)
     train_a_bit(lora, 9)
     lora.save_pretrained(tmp_path)
-    again = tiny_model(family, dtype=torch.bfloat16)
-    loaded = LoRA(again, r=1, alpha=16, xgblora=True, seed=2)
+    reloaded = tiny_model(family, dtype=torch.bfloat16)
+    loaded = LoRA(reloaded, r=1, alpha=16, xgblora=True, seed=2)
     loaded.load(tmp_path)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in reloaded.state_dict().items())
     for a, b in zip(loaded.boosters, lora.boosters, strict=True):
         assert all(torch.equal(a[n].A, b[n].A) and torch.equal(a[n].B, b[n].B) for n in lora.modules)
     for x in (lora, loaded):  # and goes on alike
         x.merge_and_reinit()
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in reloaded.state_dict().items())
 
 
 def test_an_adapter_made_by_peft_is_taken(tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(tiny_model("llama"), config).eval()
-    theirs.save_pretrained(tmp_path)
+    peft_model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    peft_model.save_pretrained(tmp_path)
     model = tiny_model("llama")
     LoRA(model, r=3, alpha=6).load(tmp_path)
-    assert torch.allclose(logits(model), logits(theirs), atol=2e-5)
+    assert torch.allclose(logits(model), logits(peft_model), atol=2e-5)
     model = tiny_model("llama")
     lora = LoRA(model, r=1, alpha=16, xgblora=True)
     lora.load(tmp_path)  # as the first booster
-    assert len(lora.boosters) == 1 and torch.allclose(logits(model), logits(theirs), atol=2e-5)
+    assert len(lora.boosters) == 1 and torch.allclose(logits(model), logits(peft_model), atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "xgblora"])
