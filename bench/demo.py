@@ -52,6 +52,7 @@ def time_step(seed: int) -> float:
     """Seconds of a step of two whole forwards: the median of five, after one to warm up."""
     made = framework(METHODS["MeZO-XGBLoRA"], seed)
     examples = made.prompts.examples(made.task.sample_subset("train", seed, 6 * BATCH))
+    made.load()
     engine, seconds = ZerothOrder(made.model, lr=0.0, eps=1e-2), []
     for i in range(6):
         batch, start = packing.pack(examples[BATCH * i : BATCH * i + BATCH]), time.perf_counter()
@@ -90,7 +91,8 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     measured["train_seconds"] = round(time.perf_counter() - start, 1)
     validation = made.task.sample_subset("validation", 0, sys.maxsize)
     golds = [s.correct_candidate for s in validation]
-    scores = made.loaded_evaluator().score(made.eval_batch(validation))
+    made.load()
+    scores = made.evaluator.score(made.eval_batch(validation))
     prior = logprobs.score(made.model, made.prompts.examples(validation[:1], sfc=True))[0]
     margins = [b - a for a, b in scores]
     measured |= {

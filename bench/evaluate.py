@@ -86,6 +86,7 @@ def framework_of(args, task: str, dtype: str = "float32", model=None):
     )
     if model is not None:
         framework.model = framework.evaluator.model = model
+    framework.load()
     framework.stops = generate.stop_ids(framework.tokenizer, "\n") if framework.task.generation else None
     return framework
 

@@ -109,6 +109,7 @@ def side(kind: str, args, dtype: str):
     )
     if kind.startswith("upper"):
         framework.args.xgblora_layers = f"top:{framework.config.num_hidden_layers // 2}"
+    framework.load()
     model = framework.model
     if kind == "all-linear":
         framework.lora_module = LoRA(model, 8, 16, targets=LINEAR)

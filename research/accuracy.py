@@ -125,8 +125,9 @@ def run_one(args, name: str, flags: str, seed: int) -> dict:
 def zero_shot(args) -> None:
     task = run.get_task(args.task, args.data_dir)
     made = run.Framework(run.parse(common(args, 0)), task)
+    made.load()
     samples = task.sample_subset("validation", 0, sys.maxsize)
-    margins = [b - a for a, b in made.loaded_evaluator().score(made.eval_batch(samples))]
+    margins = [b - a for a, b in made.evaluator.score(made.eval_batch(samples))]
     golds = [s.correct_candidate for s in samples]
     right = fmean((m > 0) == g for m, g in zip(margins, golds, strict=True))
     print(f"zero-shot {100 * right:.1f}, at the best threshold {100 * best_threshold_accuracy(margins, golds):.1f}")

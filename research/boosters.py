@@ -73,6 +73,7 @@ def side(form: str, k: int, dtype: str):
     flags = f"--model_name {STARTER / 'smollm2-135m'} --data_dir {STARTER} --task_name Reviews --trainer zo --xgblora"
     flags += f" --lora_freeze_a --xgblora_ensemble {ensemble} --load_bfloat16 {dtype == 'bfloat16'}"
     made = run.Framework(run.parse(flags.split()), run.get_task("Reviews", STARTER))
+    made.load()
     model, lora = made.model, made.lora_module
     grow(lora, k)
     engine = ZerothOrder(model, 1e-9, 1e-2, master=True, set_perturbations=lora.set_perturbations)

@@ -66,8 +66,9 @@ def label_bias(arm: Arm, seed: int) -> None:
     args = run.parse([*words, "--trainer", "none", "--seed", str(seed), "--disable_tqdm", "True"])
     task = run.get_task(args.task_name, args.data_dir)
     made, margins, golds = run.Framework(args, task), [], []
+    made.load()
     for samples in (task.sample_subset("train", seed, 1000), task.sample_subset("validation", 0, 10**9)):
-        margins.append([b - a for a, b in made.loaded_evaluator().score(made.eval_batch(samples), progress=False)])
+        margins.append([b - a for a, b in made.evaluator.score(made.eval_batch(samples), progress=False)])
         golds.append([sample.correct_candidate for sample in samples])
     low, high = -20.0, 20.0
     while high - low > 1e-6:

@@ -191,6 +191,7 @@ def main() -> None:
         made = run.Framework(run.parse(f"{COMMON} {flags}".split()), run.get_task("Reviews", STARTER))
         examples = made.prompts.examples(made.task.sample_subset("train", 0, ROWS + 400))
         look, learn = examples[:ROWS], examples[ROWS:]
+        made.load()
         made.model.requires_grad_(False)
         made.lora_module.require_grad()
         show(f"{name}, start", measure(made, look, eps, True))
