@@ -85,7 +85,7 @@ class Framework:
         model = load_model_of_run(args)
         for settings in (self.tokenizer, model.config):
             settings.pad_token_id = self.tokenizer.pad_token_id
-        if self.evaluator and not args.sharded:
+        if self.evaluator:
             self.evaluator.attach(model)
         if self.prefix_length:
             inject_prefix(model, args, self.prefix_length)
