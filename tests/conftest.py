@@ -83,9 +83,9 @@ def refused(model_dir, data_dir, tmp_path, monkeypatch, capsys):
     def check(flags: str, *words: str):
         common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path / 'out'} {flags}"
         assert run.main(common.split()) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        line = said.splitlines()[-1]
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        line = error.splitlines()[-1]
         assert line.startswith("run.py: error: ")
         for word in words:
             assert word in line, line
@@ -101,18 +101,18 @@ def framework(model_dir, data_dir, tmp_path, monkeypatch):
         common = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {tmp_path} --disable_tqdm True"
         args = run.parse(f"{common} --train_as_classification --logging_steps 1 --seed 7 {flags}".split())
         task = run.get_task("SST2", str(data_dir))
-        made, seen = run.Framework(args, task), []
+        framework = run.Framework(args, task)
+        framework.seen = []
         step = OurTrainer.training_step
 
         def recording(self, model, inputs, n=None):
-            seen.append({k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)})
+            framework.seen.append({k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)})
             return step(self, model, inputs, n)
 
         monkeypatch.setattr(OurTrainer, "training_step", recording)
         samples = task.sample_subset("train", 0, (rows or 32) + dev)
-        made.train(samples[: rows or 32], made.eval_batch(samples[rows or 32 :]), tmp_path)
-        made.seen = seen
-        return made
+        framework.train(samples[: rows or 32], framework.eval_batch(samples[rows or 32 :]), tmp_path)
+        return framework
 
     return train
 

@@ -1,7 +1,9 @@
 """Kill a real run again and again, and compare its end with that of a run that nothing happened to.
 
-    python tests/stress/crash.py --tokenizer DIR --data_dir DIR      # a small random OPT on SST2, every mode, 20 kills each
-    python tests/stress/crash.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --modes xgblora
+    # a small random OPT on SST2, every mode, 20 kills each
+    python tests/stress/crash.py --tokenizer DIR --data_dir DIR
+    # one mode on the starter's model
+    python tests/stress/crash.py --model_name MODEL --data_dir starter --task_name Reviews --modes xgblora
 
 60 steps that save every 5, merge every 15 and evaluate every 10. SIGKILL comes at a random moment, or inside a
 checkpoint write, a merge or an evaluation, drawn by seed; then the same command runs again. Compared are the bytes of
@@ -44,7 +46,7 @@ TIMES = ("seconds", "train_seconds", "train_cpu_seconds", "peak_memory_mb")
 
 
 def small_opt(tokenizer: str, path: Path) -> Path:
-    """A random OPT of 4 layers of width 128 with the given tokenizer."""
+    """Write a random OPT of 4 layers of width 128 with the given tokenizer."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -60,10 +62,10 @@ def die_at(owner, name: str, nth: int) -> None:
 
     def wrapped(*args, **kwargs):
         calls[0] += 1
-        found = original(*args, **kwargs)
+        value = original(*args, **kwargs)
         if calls[0] == nth:
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return value
 
     setattr(owner, name, wrapped)
 
@@ -103,25 +105,31 @@ def attempt(argv: list[str], folder: Path, plan: tuple[str, float] | None = None
 
 
 def end_of(folder: Path) -> dict:
-    """What a run leaves: bytes of its tensors, and its result but for times."""
+    """Return what a run leaves: bytes of its tensors, and its result but for times."""
     result = json.loads((folder / "result.json").read_text())
-    kept = {name: value for name, value in result.items() if name not in TIMES}
-    kept["sets"] = [{k: v for k, v in one.items() if k not in TIMES} for one in result["sets"]]
+    result["sets"] = [{k: v for k, v in measured.items() if k not in TIMES} for measured in result["sets"]]
+    numbers = {name: value for name, value in result.items() if name not in TIMES}
     files = {p.name: p.read_bytes() for p in sorted((folder / "out").glob("*.safetensors"))}
-    return {"result": kept, "files": files}
+    return {"result": numbers, "files": files}
 
 
 def torture(argv: list[str], folder: Path, kills: int, seed: int) -> dict:
-    """Run undisturbed, then with so many kills; {what: how many of the kills were that, "same": whether ends agree}."""
+    """Run undisturbed, then with so many kills.
+
+    Returns:
+        {kind of kill: how many there were, "same": whether the ends agree}.
+    """
     argv = [*argv, "--output_dir", "out", "--result_file", "result.json"]
     start = time.monotonic()
     if attempt(argv, folder / "calm"):
         raise RuntimeError((folder / "calm" / "log").read_text()[-2000:])
-    whole, rng, counts = time.monotonic() - start, random.Random(seed), dict.fromkeys(("moment", *INSIDE), 0)
+    duration = time.monotonic() - start
+    rng = random.Random(seed)
+    counts = dict.fromkeys(("moment", *INSIDE), 0)
     while sum(counts.values()) < kills:
         kind = rng.choice(["moment", "moment", *INSIDE])
         # most runs are killed again before they get far: else the first few kills would see the whole of it
-        at = rng.uniform(0, whole * 0.7) if kind == "moment" else rng.randint(1, max(1, INSIDE[kind][2] // 3))
+        at = rng.uniform(0, duration * 0.7) if kind == "moment" else rng.randint(1, max(1, INSIDE[kind][2] // 3))
         status = attempt(argv, folder / "killed", (kind, at))
         if status == -signal.SIGKILL:
             counts[kind] += 1
@@ -158,11 +166,12 @@ def main() -> int:
             flags += " --save_steps 5 --save_total_limit 3 --eval_strategy steps --eval_steps 10 --save_model"
             argv += f"{flags} --train_as_classification --per_device_train_batch_size 4 --disable_tqdm True".split()
             start = time.monotonic()
-            found = torture(argv, Path(folder), args.kills, args.seed)
+            outcome = torture(argv, Path(folder), args.kills, args.seed)
             seconds = time.monotonic() - start
-        counts = f"{found['moment']:7d} {found['checkpoint write']:17d} {found['merge']:6d} {found['evaluation']:11d}"
-        print(f"{mode:20} {counts}  {seconds:7.0f}  {'yes' if found['same'] else 'NO'}", flush=True)
-        failed |= not found["same"]
+        kills = f"{outcome['moment']:7d} {outcome['checkpoint write']:17d} {outcome['merge']:6d}"
+        kills += f" {outcome['evaluation']:11d}"
+        print(f"{mode:20} {kills}  {seconds:7.0f}  {'yes' if outcome['same'] else 'NO'}", flush=True)
+        failed |= not outcome["same"]
     return failed
 
 

@@ -3,9 +3,9 @@
     python tests/stress/fingerprints.py record before.json --data_dir DIR --tokenizer DIR [--root OTHER_CHECKOUT]
     python tests/stress/fingerprints.py compare before.json after.json
 
-`record` takes small random models (OPT, Llama, Qwen2, GPT-2) through every trainer, mode and method, two ranks, a killed
-run, and zero-shot evaluations of the eleven tasks in DIR; with the starter also `--recipe fast` on real weights. For each
-run it writes the sha256 of every safetensors file and the result without seconds, memory and versions.
+`record` takes small random models (OPT, Llama, Qwen2, GPT-2) through every trainer, mode and method, two ranks, a
+killed run, and zero-shot evaluations of the eleven tasks in DIR; with the starter also `--recipe fast` on real weights.
+For each run it writes the sha256 of every safetensors file and the result without seconds, memory and versions.
 """
 
 import argparse
@@ -35,7 +35,8 @@ NOT_COMPARED = {
 TASKS = ("SST2", "RTE", "CB", "BoolQ", "WSC", "WIC", "MultiRC", "Copa", "ReCoRD", "SQuAD", "DROP")
 FAMILIES = ("opt", "llama", "qwen2", "gpt2")
 
-ZO = "--trainer zo --max_steps 7 --learning_rate 1e-2 --num_train 24 --num_dev 8 --save_steps 3 --train_as_classification"
+ZO = "--trainer zo --max_steps 7 --learning_rate 1e-2 --num_train 24 --num_dev 8 --save_steps 3"
+ZO += " --train_as_classification"
 REGULAR = "--trainer regular --max_steps 5 --learning_rate 1e-3 --num_train 24 --num_dev 8 --train_as_classification"
 FULL = "--learning_rate 1e-4"
 BOOST = "--xgblora --xgblora_steps_per_iteration 3"
@@ -77,9 +78,15 @@ LLAMA_ALONE = {
     "regular prefix": f"{REGULAR} --prefix_tuning",
     "regular, checkpointing": f"{REGULAR} --lora --gradient_checkpointing --gradient_accumulation_steps 2",
     "probe": "--linear_probing --num_train 24",
-    "answers": "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 --task_name own --data_dir ANSWERS "
-    "--template {q}_A: --answer_column a --max_new_tokens 4 --objective f1",
+    "answers": "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 --task_name own "
+    "--data_dir ANSWERS --template {q}_A: --answer_column a --max_new_tokens 4 --objective f1",
     "chat": "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 --task_name own --data_dir PAIRS",
+}
+
+TWO_RANKS = {
+    "two ranks": f"{ZO} {BOOST}",
+    "two ranks, queries": f"{ZO} --lora --zo_queries 2 --zo_parallel queries",
+    "two ranks, regular": f"{REGULAR} --lora",
 }
 
 
@@ -128,7 +135,7 @@ def fingerprint(folder: Path) -> dict:
     results = {}
     for path in sorted(folder.glob("result*.json")):
         result = json.loads(path.read_text())
-        sets = [{k: v for k, v in one.items() if k not in NOT_COMPARED} for one in result.pop("sets")]
+        sets = [{k: v for k, v in measured.items() if k not in NOT_COMPARED} for measured in result.pop("sets")]
         results[path.name] = {k: v for k, v in result.items() if k not in NOT_COMPARED} | {"sets": sets}
     return {"files": files, "results": results}
 
@@ -156,19 +163,19 @@ def record(args) -> dict:
     subprocess.run(["rm", "-rf", str(home)], check=True)
     home.mkdir()
     os.chdir(home)
-    found: dict[str, dict] = {}
+    recorded: dict[str, dict] = {}
 
     def go(name: str, model: str, flags: str, rows: str = "rows") -> None:
         folder = home / "runs" / name.replace(" ", "_").replace(",", "")
         folder.mkdir(parents=True)
         flags = flags.replace("ANSWERS", str(home / "answers")).replace("PAIRS", str(home / "pairs"))
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             status = run.main(command(Path(model), Path(rows), folder, flags))
         if status:
-            print(f"{name}: exit status {status}: {said.getvalue().strip().splitlines()[-1]}", file=sys.stderr)
-        found[name] = {"status": status, **fingerprint(folder)}
-        print(f"{len(found):3d} {name}", file=sys.stderr, flush=True)
+            print(f"{name}: exit status {status}: {output.getvalue().strip().splitlines()[-1]}", file=sys.stderr)
+        recorded[name] = {"status": status, **fingerprint(folder)}
+        print(f"{len(recorded):3d} {name}", file=sys.stderr, flush=True)
 
     small_models(home)
     for family in FAMILIES:
@@ -188,22 +195,20 @@ def record(args) -> dict:
     if starter.exists():
         flags = "--task_name Reviews --num_train 200 --num_eval 64 --trainer zo --recipe fast --max_steps 30"
         go("starter: recipe fast", str(starter / "smollm2-135m"), f"{flags} --train_as_classification", str(starter))
-    found |= processes(args.root, home)
-    return found
+    return recorded | processes(args.root, home)
 
 
 def processes(root: Path, home: Path) -> dict:
     """Record what takes processes of its own: two ranks, a run that is killed, test_xgblora.py."""
-    found = {}
+    recorded = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name, flags in {"two ranks": f"{ZO} {BOOST}", "two ranks, queries": f"{ZO} --lora --zo_queries 2 --zo_parallel queries",
-                        "two ranks, regular": f"{REGULAR} --lora"}.items():  # fmt: skip
+    for name, flags in TWO_RANKS.items():
         folder = home / "runs" / name.replace(" ", "_").replace(",", "")
         folder.mkdir(parents=True)
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
         words += [str(root / "run.py"), *command(home / "llama", home / "rows", folder, flags)]
         subprocess.run(words, check=True, capture_output=True, env=environment, cwd=home)
-        found[name] = fingerprint(folder)
+        recorded[name] = fingerprint(folder)
     folder = home / "runs" / "killed"
     folder.mkdir()
     words = [
@@ -217,12 +222,12 @@ def processes(root: Path, home: Path) -> dict:
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run(words, check=True, capture_output=True, env=environment, cwd=home)
-    found["killed, and the same command again"] = fingerprint(folder)
+    recorded["killed, and the same command again"] = fingerprint(folder)
     done = subprocess.run(
         [sys.executable, str(root / "test_xgblora.py")], capture_output=True, text=True, env=environment
     )
-    found["test_xgblora.py"] = {"status": done.returncode, "said": done.stdout.splitlines()}
-    return found
+    recorded["test_xgblora.py"] = {"status": done.returncode, "said": done.stdout.splitlines()}
+    return recorded
 
 
 def differences(before, after, where: str = "") -> list[str]:

@@ -39,7 +39,7 @@ SPLICES += [b"null", b"-1", b"9" * 5000, b"{x.__class__}", b"{0}", b"{}", b"../.
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to four changes."""
+    """Return the bytes with one to four changes."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
@@ -103,7 +103,7 @@ class OwnTask:
 
 
 def use(task) -> None:
-    """Everything that is done with the samples of a task before a tokenizer sees them."""
+    """Do everything that is done with the samples of a task before a tokenizer sees them."""
     for split in task.samples.values():
         for sample in split:
             if task.get_template() is not None:
@@ -157,9 +157,9 @@ class Checkpoint:
         name = self.rng.choice(list(self.good))
         for other, data in self.good.items():
             (self.folder / "checkpoint-2" / other).write_bytes(mutate(data, self.rng) if other == name else data)
-        found = checkpoints.newest_checkpoint(self.folder)
-        if found:
-            checkpoints.refuse_other_run(found, {"seed": 1, "model": "x"})
+        newest = checkpoints.newest_checkpoint(self.folder)
+        if newest:
+            checkpoints.refuse_other_run(newest, {"seed": 1, "model": "x"})
 
 
 class Files:
@@ -167,8 +167,8 @@ class Files:
 
     def __init__(self, folder: Path, rng: random.Random):
         self.folder, self.rng = folder, rng
-        made = Trajectory([[0.5, float("nan")]] * 4, [1e-3] * 4)
-        made.save(folder / "t.safetensors", steps=4, rounds=[[2, 1.0]], last=1.0, boosters=None)
+        trajectory = Trajectory([[0.5, float("nan")]] * 4, [1e-3] * 4)
+        trajectory.save(folder / "t.safetensors", steps=4, rounds=[[2, 1.0]], last=1.0, boosters=None)
         self.trajectory = (folder / "t.safetensors").read_bytes()
         args = {"xgblora": True, "lora": False, "model_name": "m", "task_name": "SST2", "trainer": "zo"}
         self.result = json.dumps({"accuracy": 0.5, "loss": 0.7, "sets": [{}], "args": args}).encode()
@@ -189,33 +189,35 @@ KINDS = (Rows, OwnTask, Adapter, Checkpoint, Files)
 
 
 def fuzz(cases: int, seed: int, progress: bool = True) -> tuple[dict, list[str]]:
-    """({(kind, "taken" or "refused"): how many}, findings)."""
-    rng, counts, findings = random.Random(seed), collections.Counter(), []
+    """Return ({(kind, "taken" or "refused"): how many}, findings)."""
+    rng = random.Random(seed)
+    counts = collections.Counter()
+    findings = []
 
-    def late(*args):
+    def stop(*args):
         raise TimeoutError("a case took ten seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, stop)
     where = Path(tempfile.mkdtemp())
     try:
-        made = []
+        inputs = []
         for kind in KINDS:
             folder = where / kind.__name__
             folder.mkdir()
-            made.append(kind(folder, rng))
+            inputs.append(kind(folder, rng))
         outside = {p.name for p in where.iterdir()}
         for _ in tqdm(range(cases), disable=not progress, unit="case"):
-            one = rng.choice(made)
+            target = rng.choice(inputs)
             signal.alarm(10)
             try:
-                one.case()
-                counts[type(one).__name__, "taken"] += 1
+                target.case()
+                counts[type(target).__name__, "taken"] += 1
             except UsageError as error:
-                counts[type(one).__name__, "refused"] += 1
+                counts[type(target).__name__, "refused"] += 1
                 if not str(error).strip():
-                    findings.append(f"{type(one).__name__}: a refusal that says nothing")
+                    findings.append(f"{type(target).__name__}: a refusal that says nothing")
             except Exception:
-                findings.append(f"{type(one).__name__}: {traceback.format_exc()[-700:]}")
+                findings.append(f"{type(target).__name__}: {traceback.format_exc()[-700:]}")
             finally:
                 signal.alarm(0)
         if {p.name for p in where.iterdir()} != outside:

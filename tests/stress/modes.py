@@ -59,7 +59,7 @@ MODES = {
 
 
 def make(family: str, directory: Path) -> Path:
-    """A model directory of random weights."""
+    """Write a model directory of random weights."""
     tokenizer = AutoTokenizer.from_pretrained(STARTER / "smollm2-135m")
     ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     with torch.random.fork_rng():
@@ -72,20 +72,20 @@ def make(family: str, directory: Path) -> Path:
 
 
 def go(model: Path, flags: str, folder: Path) -> str:
-    """✓ with the accuracy, or what the run said."""
+    """Return ✓ with the accuracy, or the last line of the run."""
     words = f"--model_name {model} --data_dir {STARTER} --task_name Reviews --num_eval 16 --max_length 512"
     words += f" --output_dir {folder / 'out'} --overwrite --result_file {folder / 'r.json'} --disable_tqdm True"
     words += "" if "--num_train" in flags else " --num_train 32"
     classify = "--trainer" in flags and "--non_diff" not in flags
     words += " --train_as_classification" if classify else ""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             status = run.main([*words.split(), *flags.split()])
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     if status:
-        return said.getvalue().strip().splitlines()[-1]
+        return output.getvalue().strip().splitlines()[-1]
     return f"✓ {json.loads((folder / 'r.json').read_text())['accuracy']:.2f}"
 
 
@@ -96,21 +96,21 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.INFO)
     columns = [*args.families, *(["smollm2"] if args.smollm2 else [])]
-    found: dict[tuple, str] = {}
+    cells: dict[tuple, str] = {}
     with tempfile.TemporaryDirectory() as name, tqdm(total=len(columns) * len(MODES), unit="run") as bar:
         for column in columns:
             folder = Path(name) / column
             model = STARTER / "smollm2-135m" if column == "smollm2" else make(column, folder)
             for mode, flags in MODES.items():
-                found[*mode, column] = go(model, flags, Path(name))
+                cells[*mode, column] = go(model, flags, Path(name))
                 bar.update()
-    said = list(dict.fromkeys(text for text in found.values() if text[0] != "✓"))
+    refusals = list(dict.fromkeys(text for text in cells.values() if text[0] != "✓"))
     print(f"| trainer | mode | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
     for trainer, mode in MODES:
-        cells = [found[trainer, mode, column] for column in columns]
-        shown = [text if text[0] == "✓" else f"({said.index(text) + 1})" for text in cells]
-        print(f"| {trainer} | {mode} | {' | '.join(shown)} |")
-    for i, text in enumerate(said, 1):
+        texts = [cells[trainer, mode, column] for column in columns]
+        marks = [text if text[0] == "✓" else f"({refusals.index(text) + 1})" for text in texts]
+        print(f"| {trainer} | {mode} | {' | '.join(marks)} |")
+    for i, text in enumerate(refusals, 1):
         print(f"({i}) {text}")
 
 

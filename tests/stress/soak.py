@@ -36,18 +36,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20000)
     args = parser.parse_args()
-    seen, times, step, process = [], [], OurTrainer.training_step, psutil.Process()
+    samples = []  # (step, resident MB, open files, seconds of a step)
+    times = []
+    training_step = OurTrainer.training_step
+    process = psutil.Process()
 
-    def watching(self, *a):
+    def timed_step(self, *a):
         start = time.perf_counter()
-        found = step(self, *a)
+        loss = training_step(self, *a)
         times.append(time.perf_counter() - start)
         if len(times) == EVERY:
-            seen.append((self.state.global_step, process.memory_info().rss / 1e6, process.num_fds(), median(times)))
+            resident = process.memory_info().rss / 1e6
+            samples.append((self.state.global_step, resident, process.num_fds(), median(times)))
             times.clear()
-        return found
+        return loss
 
-    OurTrainer.training_step = watching
+    OurTrainer.training_step = timed_step
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         tiny_model("llama").save_pretrained("model")
@@ -64,7 +68,7 @@ def main() -> int:
         files = {p.name: p.stat().st_size for p in last.iterdir()}
         history = len(json.loads((last / "trainer_state.json").read_text())["log_history"])
         trajectory = Path("out/trajectory.safetensors").stat().st_size
-    table = np.array(seen)
+    table = np.array(samples)
     late = table[len(table) // 10 :]
     print(f"{args.steps} steps in {seconds:.0f} s, status {status}")
     for name, column, unit in (("resident memory", 1, "MB"), ("open files", 2, ""), ("step, median of 500", 3, "s")):

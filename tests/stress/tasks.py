@@ -19,25 +19,54 @@ from evaluate import framework_of, plain_predictions
 
 import tasks
 from machine import resources
-from scoring import (
-    logprobs,
-)
+from scoring import logprobs
 
 LONG = ("BoolQ", "MultiRC", "ReCoRD", "SQuAD", "DROP")
 
 
-def plain_found(framework, samples, shots, found: list[dict]) -> tuple[list[dict], float, float]:
-    """(what the plain computation predicts, largest difference per token, the same relative to its bound)."""
+def compare_with_plain(framework, samples, shots, predictions: list[dict]) -> tuple[list[dict], float, float]:
+    """Return what the plain computation predicts, and how far its log-probabilities lie from ours.
+
+    Returns:
+        its predictions; the largest difference of a log-probability a token; the same as a part of what rounding may
+        make of it.
+    """
     predicted = plain_predictions(framework, samples, shots)
     if framework.task.generation:
-        return [{**one, "prediction": answer} for one, answer in zip(found, predicted, strict=True)], 0.0, 0.0
-    plain, worst, relative = [], 0.0, 0.0
-    for one, x, sums in zip(found, framework.prompts.examples(samples, shots), predicted, strict=True):
+        return [{**ours, "prediction": text} for ours, text in zip(predictions, predicted, strict=True)], 0.0, 0.0
+    plain = []
+    largest = relative = 0.0
+    for ours, x, sums in zip(predictions, framework.prompts.examples(samples, shots), predicted, strict=True):
         means = [s / n for s, n in zip(sums, x.option_lens, strict=True)]
-        for a, b in zip(one["scores"], means, strict=True):
-            worst, relative = max(worst, abs(a - b)), max(relative, abs(a - b) / (2e-5 + 1e-5 * abs(b)))
-        plain.append({**one, "prediction": one["candidates"][means.index(max(means))]})
-    return plain, worst, relative
+        for a, b in zip(ours["scores"], means, strict=True):
+            largest = max(largest, abs(a - b))
+            relative = max(relative, abs(a - b) / (2e-5 + 1e-5 * abs(b)))
+        plain.append({**ours, "prediction": ours["candidates"][means.index(max(means))]})
+    return plain, largest, relative
+
+
+def measure(framework, rows: int, demonstrations: int, plain_rows: int) -> str:
+    """Return the line of a task: ours on so many rows, and the plain computation on the first of them."""
+    task, metrics = framework.task, framework.evaluator.metrics
+    samples = task.sample_subset("validation", 0, rows)
+    shots = task.sample_subset("train", 0, demonstrations)
+    start = time.perf_counter()
+    predictions = framework.predict(framework.eval_batch(samples, shots))
+    seconds = time.perf_counter() - start
+    first = predictions[:plain_rows]
+    start = time.perf_counter()
+    plain, largest, relative = compare_with_plain(framework, samples[:plain_rows], shots, first)
+    plain_seconds = time.perf_counter() - start
+    ours_all, ours, theirs = (metrics(part)[task.metric_name] for part in (predictions, first, plain))
+    differ = sum(a["prediction"] != b["prediction"] for a, b in zip(first, plain, strict=True))
+    line = (
+        f"{ours_all:9.3f} {seconds:8.1f} | {plain_rows:4d} {ours:6.3f} {theirs:6.3f} {plain_seconds:8.1f} {differ:6d}"
+    )
+    return line if task.generation else f"{line} {largest:9.1e} {relative:8.0%}"
+
+
+def warm_up(framework) -> None:
+    logprobs.score(framework.model, framework.prompts.examples(framework.task.sample_subset("train", 0, 8)))
 
 
 def main() -> None:
@@ -55,31 +84,16 @@ def main() -> None:
     print(f"{'':12} {'demos':>5} {'metric':>9} {'seconds':>8} | {'rows':>4} {'ours':>6} {'plain':>6} {'seconds':>8}"
           f" {'differ':>6} {'max diff':>9} {'of bound':>8}")  # fmt: skip
     for demos in args.demonstrations:
-        for name, spec in ((name, tasks.TASKS[name]) for name in args.tasks):
-            args_of = argparse.Namespace(
-                model_name=args.model_name, data_dir=args.data_dir if spec.hub else args.starter
-            )
-            framework = framework_of(args_of, name, model=model)
+        for name in args.tasks:
+            data_dir = args.data_dir if tasks.TASKS[name].hub else args.starter
+            source = argparse.Namespace(model_name=args.model_name, data_dir=data_dir)
+            framework = framework_of(source, name, model=model)
+            if model is None:
+                framework.load()
+                warm_up(framework)
             model = framework.model
-            if (demos, name) == (args.demonstrations[0], args.tasks[0]):
-                logprobs.score(
-                    model, framework.prompts.examples(framework.task.sample_subset("train", 0, 8))
-                )  # warms up
-            samples = framework.task.sample_subset("validation", 0, args.rows)
-            shots = framework.task.sample_subset("train", 0, demos)
-            start = time.perf_counter()
-            found = framework.predict(framework.eval_batch(samples, shots))
-            ours = time.perf_counter() - start
-            n = args.plain // (4 if name in LONG else 1)
-            start = time.perf_counter()
-            plain, worst, relative = plain_found(framework, samples[:n], shots, found[:n])
-            seconds = time.perf_counter() - start
-            metric = framework.task.metric_name
-            values = [framework.evaluator.metrics(part)[metric] for part in (found, found[:n], plain)]
-            differ = sum(a["prediction"] != b["prediction"] for a, b in zip(found, plain, strict=False))
-            shown = f"{worst:9.1e} {relative:8.0%}" if not framework.task.generation else ""
-            print(f"{name:12} {demos:5d} {values[0]:9.3f} {ours:8.1f} | {n:4d} {values[1]:6.3f} {values[2]:6.3f} "
-                  f"{seconds:8.1f} {differ:6d} {shown}", flush=True)  # fmt: skip
+            plain_rows = args.plain // (4 if name in LONG else 1)
+            print(f"{name:12} {demos:5d} {measure(framework, args.rows, demos, plain_rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ IDS = torch.arange(24).view(2, 12) * 7 % 250
 
 @torch.no_grad()
 def logits(model):
+    """Return fp32 logits [2, 12, vocabulary] of fixed token ids."""
     return model(input_ids=IDS).logits.float()
 
 
 def train_a_bit(lora, seed, scale=0.05):
-    """Stand-in for a round of training: random A and B."""
+    """Add random numbers to A and B, in place of a round of training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in lora.lora_modules:
@@ -23,6 +24,7 @@ def train_a_bit(lora, seed, scale=0.05):
 
 
 def boosted(family, rounds=3, dtype=torch.float32, **more):
+    """Return (a model, its LoRA) after so many merged rounds; `more` are arguments of LoRA."""
     model = tiny_model(family, dtype=dtype)
     lora = LoRA(model, r=1, alpha=16, xgblora=True, **more)
     for i in range(rounds):

@@ -21,11 +21,13 @@ TRAIN = [
 
 
 def write_rows(path: Path, rows) -> None:
+    """Write (sentence, label) rows as SST2 has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows)))
 
 
 def starter(*parts) -> Path:
+    """Return a path in the starter, or skip the test where the starter is not there."""
     path = STARTER.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"the starter is not there ({path}): run 'make starter'")

@@ -64,12 +64,17 @@ ALL_FAMILIES = FAMILIES + list(OTHERS)
 
 
 def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
-    """A random causal language model with two layers; weights large enough that mistakes show."""
+    """Return a random causal language model with two layers; weights large enough that mistakes show.
+
+    Args:
+        family: a name of `ALL_FAMILIES`.
+        more: further settings of its configuration.
+    """
     small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     rotary = {**small, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
     opt = {**small, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32}
     specials = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    made = {
+    builders = {
         "opt": lambda: OPTForCausalLM(OPTConfig(**opt, **specials, **more)),
         "opt-350m": lambda: OPTForCausalLM(
             OPTConfig(**{**opt, "word_embed_proj_dim": 16}, do_layer_norm_before=False, **specials, **more)
@@ -80,31 +85,31 @@ def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
             GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **specials, **more)
         ),
     }
-    if family not in made:
+    if family not in builders:
         return other_model(family, seed, dtype, specials | more)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = made[family]().eval()
+        model = builders[family]().eval()
         for p in model.parameters():
             p.data.add_(torch.randn_like(p) * 0.1)
     return model.to(dtype)
 
 
 def other_model(family: str, seed: int, dtype, more: dict):
-    """A random model of one of `OTHERS`."""
+    """Return a random model of one of `OTHERS`."""
     name, config = OTHERS[family]
-    made = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    kind, model = (getattr(transformers, part) for part in made)
+    classes = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}.get(name, (f"{name}Config", f"{name}ForCausalLM"))
+    config_class, model_class = (getattr(transformers, part) for part in classes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model(kind(**config | more)).eval()
+        model = model_class(config_class(**config | more)).eval()
         for p in model.parameters():
             p.data.add_(torch.randn_like(p) * 0.1)
     return model.to(dtype)
 
 
 def tiny_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token; OPT-like special tokens behind them."""
+    """Return a tokenizer of which every byte is a token, with OPT's special tokens behind them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

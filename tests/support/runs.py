@@ -13,15 +13,17 @@ BOOST = f"{ZO} --xgblora --xgblora_steps_per_iteration 4 --save_steps 2"
 
 
 def in_folder(name):
+    """Return the flags of `BOOST` with another output directory."""
     return BOOST.replace("--output_dir out", f"--output_dir {name}")
 
 
 def adapter_bytes(path="out"):
+    """Return the bytes of the adapter and of its chain of boosters."""
     return [(Path(path) / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "boosters")]
 
 
 def write_gguf(path: Path, model) -> None:
-    """A Llama as llama.cpp has it: its names, and q and k with the two halves of a head interleaved."""
+    """Write a Llama as llama.cpp has it: its names, and the halves of each head of q and k interleaved."""
     writer, config = gguf.GGUFWriter(path, "llama"), model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
