@@ -221,7 +221,7 @@ class OurTrainer(BoostingTrainer):
         last = self.end_last_round()
         boosters = choose_boosters() if choose_boosters else None
         if boosters is not None:
-            self.lora_module.truncate(boosters)
+            self.lora_module.chain.truncate(boosters)
         if self.zeroth_order and self.method.replayable and collectives.is_main_process():
             best = self.best_checkpoint
             steps = int(best.rpartition("-")[2]) if best else self.state.global_step

@@ -1,15 +1,17 @@
 """When rounds end and what is kept of them, in real runs: resume and replay give the same bytes whatever the form."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import adapter_bytes
+from support.runs import adapter_bytes, replace_in_checkpoint
 
 from boosters import peft_files
+from boosters.rounds import Rounds
 from cli.command_line import parse
 from scoring import evaluate, logprobs, packing
 from scoring.prompts import language_modelling_example
@@ -144,6 +146,46 @@ def test_a_schedule_spans_all_rounds(framework, kind):
     )
     rates = [e["learning_rate"] for e in entries(framework(common).trainer, "learning_rate")]
     assert rates == pytest.approx([1 - i / 8 for i in range(8)])
+
+
+# ---- what is known of rounds ----
+
+
+def test_rounds_end_by_steps_or_where_the_dev_loss_stalls():
+    rounds, losses = Rounds(), iter([0.9, 0.9, math.nan, 0.1])
+    rounds.set_limits(max_steps=5, patience=2)
+    rounds.dev_loss = 1.0
+    assert [rounds.is_over(step, lambda: next(losses)) for step in (1, 2, 3, 4)] == [False, False, False, True]
+    rounds.end(4, 0.5)
+    assert [rounds.is_over(step, lambda: next(losses)) for step in (5, 6)] == [False, True]  # NaN does not fall
+    rounds.set_limits(max_steps=5)
+    assert [rounds.is_over(step, None) for step in (8, 9)] == [False, True]
+    assert rounds.ended == [(4, 0.5)] and rounds.current_start == 4
+
+
+def test_what_is_known_of_rounds_survives_json():
+    rounds, loaded = Rounds(), Rounds()
+    rounds.end(4, 1.0)
+    rounds.end(8, 0.0)
+    rounds.dev_loss = 0.25
+    loaded.load_state_dict(json.loads(json.dumps(rounds.state_dict())))
+    assert (loaded.ended, loaded.dev_loss) == (rounds.ended, rounds.dev_loss)
+
+
+def test_the_state_of_a_checkpoint_has_the_rounds_and_the_log_is_never_read(go):
+    """The same bytes come from a checkpoint whose log history knows of no round."""
+    flags = f"{ZO} {ADAPTIVE}"
+    go(flags)
+    expected, trajectory = adapter_bytes(), Path("out/trajectory.safetensors").read_bytes()
+    keep_only(9)
+    file = Path("out/checkpoint-9/trainer_state.json")
+    state = json.loads(file.read_text())
+    rounds = state["stateful_callbacks"]["rounds"]
+    assert rounds["ended"] == [[e["step"], e["step_length"]] for e in state["log_history"] if "step_length" in e]
+    state["log_history"] = [e for e in state["log_history"] if "step_length" not in e]
+    replace_in_checkpoint(file.parent, file.name, json.dumps(state).encode())
+    go(flags)
+    assert adapter_bytes() == expected and Path("out/trajectory.safetensors").read_bytes() == trajectory
 
 
 # ---- adaptive rounds ----

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import processes
 from support.models import tiny_model, tiny_tokenizer
-from support.runs import BOOST, adapter_bytes
+from support.runs import BOOST, adapter_bytes, replace_in_checkpoint
 
 import run
 from distributed import stop_signals
@@ -201,8 +201,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(go, capsys):
     path = checkpoints.list_checkpoints("out")[-1]
     settings = json.loads((path / "settings.json").read_text())
     assert settings.pop("format") == checkpoints.FORMAT
-    (path / "settings.json").write_text(json.dumps(settings))
-    checkpoints.publish(path.rename("old"), path)  # with a manifest of its own
+    replace_in_checkpoint(path, "settings.json", json.dumps(settings).encode())
     for flags in (BOOST, f"{BOOST} --max_steps 12 --lora_alpha 3"):
         go(flags, status=2)
         line = capsys.readouterr().err.splitlines()[-1]
@@ -372,11 +371,7 @@ PICKLES = {"plain pickle": pickle.dumps(Evil()), "torch.save": torch_file()}
 def test_a_malicious_file_in_a_checkpoint_never_runs(go, name, kind, capsys):
     go(BOOST)
     shutil.rmtree("out/checkpoint-6")
-    path = Path("out/checkpoint-4")
-    (path / name).write_bytes(PICKLES[kind])
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest[name] = {"bytes": (path / name).stat().st_size, "sha256": checkpoints.sha256(path / name)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    replace_in_checkpoint(Path("out/checkpoint-4"), name, PICKLES[kind])
     read = name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
     go(BOOST, status=2 if read else 0)
     assert not Path("ran").exists() and not (ROOT / "ran").exists()

@@ -1,11 +1,13 @@
 """Flags of runs that many tests begin with, and what runs leave behind."""
 
+import json
 from pathlib import Path
 
 import gguf
 
 import run
 from support.models import tiny_tokenizer
+from training import checkpoints
 
 ROOT = Path(run.__file__).parent
 ZO = "--trainer zo --max_steps 6 --learning_rate 1e-2 --output_dir out --save_model"
@@ -20,6 +22,14 @@ def in_folder(name):
 def adapter_bytes(path="out"):
     """Return the bytes of the adapter and of its chain of boosters."""
     return [(Path(path) / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "boosters")]
+
+
+def replace_in_checkpoint(checkpoint: Path, name: str, content: bytes) -> None:
+    """Put other bytes into a file of a checkpoint, and their hash into its manifest: it is complete."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    manifest[name] = {"bytes": len(content), "sha256": checkpoints.sha256(checkpoint / name)}
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
 
 
 def write_gguf(path: Path, model) -> None:
