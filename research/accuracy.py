@@ -1,9 +1,9 @@
 """Accuracy of the methods on a real model, with seeds: runs `run.py` over a grid and prints a table.
 
-    python research/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2     # methods, on the validation rows
-    python research/accuracy.py demo --seeds 0 1 2                                 # B only on all layers, and its control
-    python research/accuracy.py search                                             # rates and ε, on 500 dev rows
-    python research/accuracy.py merges --task SST2 --data_dir DIR                  # with merges and without, likewise
+    python research/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2    # methods, on the validation rows
+    python research/accuracy.py demo --seeds 0 1 2    # B only on all layers, its control
+    python research/accuracy.py search    # rates and ε, on 500 dev rows
+    python research/accuracy.py merges --task SST2 --data_dir DIR    # with merges and without, likewise
 
 One process a core with one thread each, weights in bfloat16 where the CPU has it. A run whose result file exists is not
 repeated, so a grid that was killed goes on. The control is the same run on training rows whose labels are shuffled.

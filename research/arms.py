@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "research" / "runs"
+# Flags of version 0.1. Runs with them stay in the tables; nothing can repeat them.
+REMOVED_FLAGS = ("--xgblora_a_warmup", "--xgblora_restart_lr")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Arm:
         if self.flags == BIAS:
             return f"python research/experiments.py run --tasks {self.task} --only '{self.name}' --seeds {seed}"
         return f"python run.py {self.command} --seed {seed}".replace("{seed}", str(seed))
+
+    @property
+    def runnable(self) -> bool:
+        """Whether today's program has every flag of this arm."""
+        return not any(flag in self.flags.split() for flag in REMOVED_FLAGS)
 
     def path(self, seed: int) -> Path:
         slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name)

@@ -1,7 +1,7 @@
 """Which method wins, on a real model, with seeds: a grid of `run.py` runs, a small JSON each in research/runs/.
 
     python research/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet
-    python research/experiments.py table                        # the tables of research/EXPERIMENTS.md; why.py prints its own
+    python research/experiments.py table               # the tables of research/EXPERIMENTS.md; why.py prints its own
     python research/experiments.py plot                                          # every picture
     python research/experiments.py list                                          # the runs to come, with their commands
 
@@ -44,7 +44,8 @@ from scoring.metrics import auc, best_threshold_accuracy
 WORK = ROOT / "result" / "experiments"
 DEV = WORK / "dev"  # Reviews with dev rows in the place of the validation rows
 DEV_ROWS = 500
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 95 %, by the number of pairs
+MIN_SEEDS = 5  # of an interval: with two seeds it would be 12.7 standard errors wide
+T95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 95 %, by the number of pairs
 
 
 def make_dev() -> None:
@@ -152,11 +153,11 @@ def inside(words: list[str], log) -> int:
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """Mean difference over the seeds that both have, with its 95 % interval where there are two or more."""
+    """Return the mean difference over the seeds that both have, with its 95 % interval from `MIN_SEEDS` seeds on."""
     seeds = sorted(ours.keys() & theirs.keys())
     differences = [ours[s] - theirs[s] for s in seeds]
-    if len(seeds) < 2:
-        return f"{differences[0]:+.1f}" if seeds else ""
+    if len(seeds) < MIN_SEEDS:
+        return f"{fmean(differences):+.1f}" if seeds else ""
     half = T95.get(len(seeds), 2.0) * stdev(differences) / len(seeds) ** 0.5
     return f"{fmean(differences):+.1f} ± {half:.1f}"
 
@@ -325,7 +326,7 @@ def main() -> None:
         plot_costs(dev, OUT / "costs.png")
         plot_passes(arms, "SST2", OUT / "passes.png")
         return why.picture(OUT / "why.png")
-    jobs = [(arm, seed) for arm in arms for seed in arm.seeds if not arm.path(seed).exists()]
+    jobs = [(arm, seed) for arm in arms if arm.runnable for seed in arm.seeds if not arm.path(seed).exists()]
     if args.what == "list":
         for arm, seed in jobs:
             print(arm.line(seed))

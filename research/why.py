@@ -1,6 +1,6 @@
 """Why one form of adapter learns faster under MeZO than another: exact gradients and the trace of the Hessian.
 
-    python research/why.py              # measures, about half an hour on one core; `experiments.py plot` draws the picture
+    python research/why.py    # measures, about half an hour on one core; `experiments.py plot` draws the picture
 
 A step θ ← θ − η g z on a batch b, g = zᵀ∇L_b, changes the loss by −η ‖∇L‖² + η²/2 · E g² · tr H on average, to second
 order. So the best rate is η* = ‖∇L‖² / (E g² · tr H), and the best step lowers the loss by ‖∇L‖⁴ / (2 · E g² · tr H).
