@@ -3,8 +3,8 @@
 SmolLM2-135M on the Reviews of the starter: zero-shot, MeZO-LoRA as published (rank 8, alpha 16) and MeZO-XGBLoRA
 (`--recipe fast`: rank-1 boosters in the upper half of the layers, B only, normalised steps, cached activations). Five
 steps are timed first, so that both trainings fit into six minutes together: a quarter for MeZO-LoRA, whose curve is
-flat at this scale, the rest for boosting (at equal forward passes the two stand in research/EXPERIMENTS.md). Results go to
-result/demo/*.json, the curves to result/demo/curve.png.
+flat at this scale, the rest for boosting (at equal forward passes the two stand in research/EXPERIMENTS.md). Results
+go to result/demo/*.json, the curves to result/demo/curve.png.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import run
-from cli.results import write_result as write_result
+from cli.results import write_result
 from machine import resources
 from scoring import (
     logprobs,

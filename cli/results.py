@@ -1,6 +1,6 @@
-"""Result files: one JSON per training set, and one for all of them; `python results.py result/` prints them as a table.
+"""Result files: one JSON per training set, and one for all of them; `python -m cli.results result/` prints them as a table.
 
-python results.py result/            # mean ± deviation over the runs that differ in nothing but the seed
+python -m cli.results result/        # mean ± deviation over the runs that differ in nothing but the seed
 """
 
 import importlib.metadata

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "research" / "runs"
-# Flags of version 0.1. Runs with them stay in the tables; nothing can repeat them.
+# Flags that version 0.2 removed. Runs with them stay in the tables; today's program refuses these flags.
 REMOVED_FLAGS = ("--xgblora_a_warmup", "--xgblora_restart_lr")
 
 
