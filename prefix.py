@@ -184,7 +184,7 @@ class PrefixTuning(nn.Module):
 
     @torch.no_grad()
     def load(self, directory: str | Path) -> None:
-        """Take what `save_pretrained` or PEFT wrote; raises UsageError where it does not fit model and run."""
+        """Take what `save_pretrained` or PEFT wrote; raises UsageError where it does not fit."""
         length = saved_length(directory)
         if length != self.length:
             flag = f"--num_prefix {self.length}"

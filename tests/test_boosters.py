@@ -1,4 +1,4 @@
-"""The chain of boosters over random shapes, ranks, layers and dtypes: nothing is lost, whatever form it takes."""
+"""The chain of boosters over random shapes, ranks, layers and dtypes loses nothing, in any form."""
 
 import json
 import math
@@ -37,8 +37,9 @@ class Stack(nn.Module):
         self.to(dtype)
 
     def forward(self, x):
-        """What every layer makes of the same numbers, so that no error hides another."""
-        return torch.cat([layer["proj"](x[..., : shape_of(layer["proj"])[0]]) for layer in self.layers], -1).float()
+        """Return the outputs of all layers for the same numbers, so that no error hides another."""
+        layers = [layer["proj"] for layer in self.layers]
+        return torch.cat([layer(x[..., : shape_of(layer)[0]]) for layer in layers], -1).float()
 
 
 def shape_of(module):
@@ -82,15 +83,17 @@ def dense(lora, rounds=None) -> dict[str, torch.Tensor]:
 
 
 def half_a_unit(exact, dtype, additions: int):
-    """What one rounding to a dtype may move, and what fp32 leaves of so many additions."""
+    """Return how far one rounding to a dtype may move, and the error of so many additions in fp32."""
     tiny = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 0.0
-    return torch.finfo(dtype).eps / 2 * exact.abs().clamp(min=tiny) + (additions + 2) * 2**-22 * (1 + exact.abs().max())
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs().clamp(min=tiny)
+    return rounding + (additions + 2) * 2**-22 * (1 + exact.abs().max())
 
 
 @settings(max_examples=60, deadline=None)
 @given(CHAINS)
 def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
-    pretrained = {n: p.detach().double() for n, p in Stack(c["shapes"], c["dtype"], c["conv"]).named_parameters()}
+    plain = Stack(c["shapes"], c["dtype"], c["conv"])
+    pretrained = {name: p.detach().double() for name, p in plain.named_parameters()}
     model, lora = build(c)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(c["dtype"])
     num_merged = 0
@@ -137,7 +140,8 @@ def test_a_saved_chain_is_the_same_bits_again_and_peft_adds_up_to_it(c, tmp_path
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(c["dtype"])
     assert torch.equal(model(x), reloaded(x))
     for a, b in zip(lora.boosters, loaded.boosters, strict=True):
-        assert a.keys() == b.keys() and all(torch.equal(a[n].A, b[n].A) and torch.equal(a[n].B, b[n].B) for n in a)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[n].A, b[n].A) and torch.equal(a[n].B, b[n].B) for n in a)
     config = peft_files.read_lora_config(path)
     tensors, _ = peft_files.read_tensors(path / peft_files.WEIGHTS)
     chain = dense(
@@ -148,7 +152,8 @@ def test_a_saved_chain_is_the_same_bits_again_and_peft_adds_up_to_it(c, tmp_path
             A, B = (tensors[f"{peft_files.PREFIX}{name}.lora_{k}.weight"].double() for k in "AB")
             alpha = config.get("alpha_pattern", {}).get(name, config["lora_alpha"])
             assert len(A) == config.get("rank_pattern", {}).get(name, config["r"])
-            assert torch.allclose(lora.modules[name].to_weight_layout(alpha / len(A) * B @ A), delta, atol=1e-5)
+            of_peft = lora.modules[name].to_weight_layout(alpha / len(A) * B @ A)
+            assert torch.allclose(of_peft, delta, atol=1e-5)
         else:
             assert not delta.any()
 
@@ -253,10 +258,11 @@ def test_an_ensemble_in_bf16_is_nearer_to_the_exact_weights():
     deltas = dense(exact)
     for form in (False, True):
         _, lora = boosted("llama", 3, torch.bfloat16, ensemble=form)
-        weights = {n: (lora.chain.merged_fp32(n) if form else m.weight).double() for n, m in lora.modules.items()}
-        errors[form] = sum(
-            (weights[n] - start.state_dict()[f"{n}.weight"].double() - deltas[n]).square().sum() for n in weights
-        )
+        errors[form] = 0.0
+        for name, module in lora.modules.items():
+            weight = lora.chain.merged_fp32(name) if form else module.weight
+            expected = start.get_submodule(name).weight.double() + deltas[name]
+            errors[form] += (weight.double() - expected).square().sum()
     assert errors[True] < errors[False] / 1000
 
 
@@ -355,7 +361,8 @@ def test_compression_is_the_best_of_its_rank(rank, family, tmp_path):
         assert torch.allclose(best, (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-4 * s[0])
         squared_error += s[rank:].square().sum()
         squared_norm += s.square().sum()
-    assert error == pytest.approx(math.sqrt(squared_error / squared_norm), abs=1e-6) and (rank < 6 or error < 1e-6)
+    assert error == pytest.approx(math.sqrt(squared_error / squared_norm), abs=1e-6)
+    assert rank < 6 or error < 1e-6
     assert lora.export(tmp_path, rank) == pytest.approx(error, abs=1e-6)
     peft_model = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] <= max(rank, 7)
@@ -381,8 +388,10 @@ def test_a_grouped_query_model_has_its_own_shapes_per_layer():
 
 
 def test_the_best_stage_is_the_first_of_the_best():
-    stages = [{"boosters": k, "accuracy": a, "loss": x} for k, a, x in ((0, 0.5, 0.7), (1, 0.8, 0.5), (2, 0.8, 0.4))]
-    assert staged_results.best_prefix(stages, "accuracy") == 1 and staged_results.best_prefix(stages, "loss") == 2
+    values = ((0, 0.5, 0.7), (1, 0.8, 0.5), (2, 0.8, 0.4))
+    stages = [{"boosters": k, "accuracy": accuracy, "loss": loss} for k, accuracy, loss in values]
+    assert staged_results.best_prefix(stages, "accuracy") == 1
+    assert staged_results.best_prefix(stages, "loss") == 2
     lines = staged_results.format_stages(stages, "accuracy")
     assert "best accuracy" in lines[2] and len(lines) == 4
 

@@ -1,9 +1,11 @@
-"""Every model family, tiny and random: adapters, chains, steps, scores and answers are what the model itself gives.
+"""In every model family, adapters, chains, steps, scores and answers are those of the plain computation.
 
 The table of docs/FAMILIES.md says the same as `FACTS`: its targets are those of
-`test_targets_are_q_and_v_or_those_of_peft`, its scoring of `test_scores_are_those_of_one_row_a_candidate`, its full zo
-of `test_a_full_step_is_that_of_perturbed_weights`, its notes of `test_windows_decide_where_rows_may_be_longer`,
-`test_rows_are_no_longer_than_the_model_takes` and `test_models_with_images_are_refused`.
+`test_targets_are_q_and_v_or_those_of_peft`, its scoring that of
+`test_scores_are_those_of_one_row_a_candidate`, its full zo that of
+`test_a_full_step_is_that_of_perturbed_weights`, its notes those of
+`test_windows_decide_where_rows_may_be_longer`, `test_rows_are_no_longer_than_the_model_takes` and
+`test_models_with_images_are_refused`.
 """
 
 import json
@@ -154,7 +156,7 @@ def test_both_signs_of_adapters_in_one_forward(family):
 
 
 def test_a_full_step_is_that_of_perturbed_weights(family, caplog):
-    """Losses at both signs, in one forward where the family can; else one log line, a forward each; and the update."""
+    """One forward serves both signs where the family can; else there is one log line, and a forward each."""
     model = tiny_model(family)
     closure = closure_of(model, family, 5)
     engine = ZerothOrder(model, lr=1e-3, eps=1e-2, seed=3, master=False)
@@ -216,7 +218,8 @@ def test_rows_are_no_longer_than_the_model_takes(caplog):
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=24)
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert not torch.allclose(model(ids).logits[:, :24], model(ids[:, :24]).logits, atol=1e-3)  # the library's way
+        long, short = model(ids).logits[:, :24], model(ids[:, :24]).logits
+        assert not torch.allclose(long, short, atol=1e-3)  # the library's way
     assert load_model.longest_row(model.config, 40) == 24 and "cut to 24" in caplog.text
     caplog.clear()
     limits = {family: load_model.longest_row(tiny_model(family).config, 2048) for family in ALL_FAMILIES}
@@ -247,7 +250,8 @@ def test_layers_below_the_adapted_one_run_once(family):
     deltas = [torch.randn(2, *p.shape, generator=generator) * 0.05 for p in lora.parameters()]
     for examples in (store.examples, store.examples[:1]):  # some rows, and the fewest
         batch = packing.pack(examples, plain)
-        hidden = activation_cache.capture_hidden_states(layers[first], partial(logprobs.loss, model, batch, True))
+        forward = partial(logprobs.loss, model, batch, True)
+        hidden = activation_cache.capture_hidden_states(layers[first], forward)
         with torch.inference_mode():
             lora.set_perturbations(deltas)
             expected = logprobs.loss(model, batch, True, 2)

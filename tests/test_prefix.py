@@ -1,4 +1,4 @@
-"""A trained prefix: equal to the plain computation in scoring, training and generation, and to PEFT's; files."""
+"""A trained prefix is the plain computation in scoring, training and generation, and the same in PEFT."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def with_prefix(family, reparam=False, real=True, length=5):
 
 @torch.inference_mode()
 def plain_logits(model, ids: list[int], states: torch.Tensor) -> torch.Tensor:
-    """Logits [tokens, V] of one sequence behind keys and values [layers, 2, 1, heads, tokens, D], with no packing."""
+    """Return logits [tokens, V] of one sequence behind keys and values [layers, 2, 1, heads, tokens, D]."""
     cache = DynamicCache(config=model.config)
     for i, (keys, values) in enumerate(states):
         cache.update(keys, values, i)
@@ -55,6 +55,9 @@ def within_tolerance(a, b, absolute=2e-5, relative=1e-5):
     return all(abs(x - y) <= 4 * absolute + relative * abs(y) for x, y in pairs)
 
 
+SETTINGS = [{}, {"budget": 1}, {"cached": False}, {"cached": False, "num_beams": 2}]  # of generation
+
+
 @pytest.mark.parametrize("beginning", [0, 20])
 @pytest.mark.parametrize("reparam", [False, True])
 def test_scores_equal_the_plain_computation(family, reparam, beginning):
@@ -69,7 +72,8 @@ def test_scores_equal_the_plain_computation(family, reparam, beginning):
 
 
 def test_a_prefix_of_real_activations_is_the_tokens_themselves(family):
-    model, (ids,) = tiny_model(family), torch.randint(264, (1, 5), generator=torch.Generator().manual_seed(7)).tolist()
+    model = tiny_model(family)
+    ids = torch.randint(264, (1, 5), generator=torch.Generator().manual_seed(7))[0].tolist()
     text = list(range(20, 40))
     with torch.inference_mode():
         expected = model(torch.tensor([ids + text])).logits[0, 5:]
@@ -104,9 +108,8 @@ def test_copies_see_perturbations_of_their_own(family, reparam):
 def test_a_zeroth_order_step_is_the_plain_one(family, copies):
     model, tuning = with_prefix(family)
     batch, start = packing.pack(some_examples()), tuning.embedding.detach().clone()
-    zo = ZerothOrder(
-        [{"params": list(tuning.parameters())}], 1e-2, 1e-1, 3, master=True, set_perturbations=tuning.set_perturbations
-    )
+    groups = [{"params": list(tuning.parameters())}]
+    zo = ZerothOrder(groups, 1e-2, 1e-1, 3, master=True, set_perturbations=tuning.set_perturbations)
     z = zo.directions.z(zo.blocks[0], 0).clone().view(start.shape)
     losses = []
     with torch.inference_mode():
@@ -121,15 +124,17 @@ def test_a_zeroth_order_step_is_the_plain_one(family, copies):
     torch.testing.assert_close(tuning.embedding.detach(), start - 1e-2 * zo.projected_grads[0] * z)
 
 
-@pytest.mark.parametrize("settings", [{}, {"budget": 1}, {"cached": False}, {"cached": False, "num_beams": 2}])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("beginning", [0, 20])
 def test_answers_equal_those_by_hand(family, settings, beginning):
     model, tuning = with_prefix(family)
-    states, tokenizer, prompts = tuning.keys_and_values(torch.float32), tiny_tokenizer(), some_prompts(beginning)[:5]
+    states = tuning.keys_and_values(torch.float32)
+    tokenizer, prompts = tiny_tokenizer(), some_prompts(beginning)[:5]
     answers = generate.generate(model, tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
     if "num_beams" in settings:  # two beams find no worse a text; that they see the prefix shows against none
-        bare = generate.generate(tiny_model(family), tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
-        assert answers != bare
+        bare = tiny_model(family)
+        without = generate.generate(bare, tokenizer, prompts, max_new_tokens=8, do_sample=False, **settings)
+        assert answers != without
         return
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, text = list(prompt), ""
@@ -168,9 +173,8 @@ def test_a_prefix_made_by_peft_loads(tmp_path):
     tuning.load(tmp_path)
     with torch.inference_mode():
         expected = peft_model(input_ids=torch.tensor([list(range(9))])).logits[0]
-    torch.testing.assert_close(
-        plain_logits(ours, list(range(9)), tuning.keys_and_values(torch.float32)), expected, rtol=1e-4, atol=2e-5
-    )
+    logits = plain_logits(ours, list(range(9)), tuning.keys_and_values(torch.float32))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_initial_values_come_from_a_private_generator():
@@ -200,7 +204,8 @@ RUN = "--prefix_tuning --max_steps 6 --output_dir out --save_model --save_steps 
 @pytest.mark.parametrize("more", ["--trainer zo", "--trainer zo --no_reparam False", "--trainer regular"])
 def test_a_run_its_resume_and_its_adapter(go, more, monkeypatch):
     result = go(f"{RUN} {more} --num_dev 8")
-    assert result["args"]["zo_eps"] == (0.1 if "zo" in more else None) and result["args"]["learning_rate"] == 1e-2
+    assert result["args"]["zo_eps"] == (0.1 if "zo" in more else None)
+    assert result["args"]["learning_rate"] == 1e-2
     files = [peft_files.WEIGHTS] + [prefix.EXACT_WEIGHTS] * ("False" in more)
     expected = [Path("out", name).read_bytes() for name in files]
     calls, step = [], trainer.OurTrainer.training_step
@@ -224,14 +229,16 @@ def test_a_saved_prefix_is_evaluated_and_gone_on_from(go):
     loaded = go("--trainer none --num_train 0 --adapter out")
     assert loaded["loss"] == pytest.approx(trained["loss"], abs=1e-5) and loaded["loss"] != bare["loss"]
     go("--trainer zo --prefix_tuning --adapter out --max_steps 1 --output_dir more")
-    for flags in ("--trainer zo --lora --max_steps 1", "--trainer zo --max_steps 1", "--staged 1", "--save_merged"):
+    training = "--trainer zo --max_steps 1"
+    for flags in (f"{training} --lora", training, "--staged 1", "--save_merged"):
         go(f"{flags} --adapter out --output_dir other", status=2)
 
 
 def test_a_replay_gives_the_same_bits(go):
     go(f"{RUN} --trainer zo")
     before = Path("out", peft_files.WEIGHTS).read_bytes()
-    go(f"{RUN.replace('dir out', 'dir rebuilt')} --trainer zo --replay out/trajectory.safetensors", result=False)
+    flags = RUN.replace("dir out", "dir rebuilt")
+    go(f"{flags} --trainer zo --replay out/trajectory.safetensors", result=False)
     assert Path("rebuilt", peft_files.WEIGHTS).read_bytes() == before
 
 
