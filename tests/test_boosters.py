@@ -396,7 +396,7 @@ def test_the_best_stage_is_the_first_of_the_best():
     assert "best accuracy" in lines[2] and len(lines) == 4
 
 
-def test_a_picture_of_stages_is_layers_of_rounds(tmp_path):
+def test_a_picture_of_stages_is_drawn(tmp_path):
     stages = [{"boosters": k, "accuracy": k / 3, "loss": 1 - k / 4} for k in range(3)]
     staged_results.plot([stages, stages], ["a", "b"], "accuracy", tmp_path / "x" / "staged.png")
     assert (tmp_path / "x" / "staged.png").read_bytes().startswith(b"\x89PNG")
