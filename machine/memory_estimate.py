@@ -1,29 +1,42 @@
-"""How much memory a run will take, said before the model is loaded, and what to lower where the machine has less.
+"""The estimate of a run's memory, before the model is loaded, and the flags that lower it.
 
-A run holds the weights, what a forward holds at its widest point (back-propagation: what it keeps of all layers), the
-adapter with its copies, and gradients with the optimizer's state. The shapes are exact: the model is built without
-storage, and batches are packed as they will be. How much more than its tensors a process takes is measured on a CPU
-(`bench/memory.py` prints estimates against peaks); on a GPU the estimate is of what is allocated there.
+A run holds the weights, the tensors of a forward where they take most (under back-propagation: those that it
+saves in all layers), the adapter with its copies, and gradients with the optimizer's state. The shapes are
+exact: the model is built without storage, and batches are packed as the run packs them. On a CPU a process
+takes more than its tensors; the factors below were measured (bench/RESULTS.md has estimates beside peaks). On
+a GPU the estimate is of the memory that is allocated there.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from distributed import collectives
-from machine.model_shape import Pack, Shape, answers_pack, evaluation_packs, gguf_shape, shape, training_pack
+from machine.model_shape import (
+    BatchShape,
+    ModelShape,
+    largest_evaluation_batches,
+    largest_generation_batch,
+    largest_training_batch,
+    read_gguf_shape,
+    read_model_shape,
+)
+from scoring.packing import Example
 
 logger = logging.getLogger("run")
 
-# What the C heap holds over live tensors, since a freed piece stays where the next one does not fit. Measured with
-# SmolLM2-135M in batches of 400 to 2,100 tokens; inference 1.3 (long rows, bf16) to 2.2 (fp32), training 1.0 to 1.45.
-INFERENCE, TRAINING = 1.9, 1.25
-PROGRAM = 30e6  # bytes of libraries that come in with loading and the first forward
-FLAGS = {  # part of a run -> what lowers it
+# Size of the C heap over that of live tensors, since a freed piece stays where the next one does not fit.
+# Measured with SmolLM2-135M in batches of 400 to 2,100 tokens: inference 1.3 (long rows, bf16) to 2.2 (fp32),
+# training 1.0 to 1.45.
+HEAP_FACTOR_INFERENCE = 1.9
+HEAP_FACTOR_TRAINING = 1.25
+LIBRARY_BYTES = 30e6  # of libraries that come in with loading and the first forward
+FLAGS_BY_PART = {  # part of a run's memory -> the flags that lower it
     "weights": ("load_bfloat16", "load_int8"),
     "activations": ("per_device_train_batch_size", "max_length", "gradient_checkpointing", "load_bfloat16"),
     "adapter": ("xgblora_ensemble", "load_bfloat16"),
@@ -31,9 +44,24 @@ FLAGS = {  # part of a run -> what lowers it
 }
 
 
+def megabytes(num_bytes: float) -> str:
+    """Return a number of bytes in MB, as messages show it."""
+    return f"{num_bytes / 1e6:,.0f}"
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `process` is there already, `loading` a file of another dtype, mapped while it is read."""
+    """The memory of a run, in bytes.
+
+    Attributes:
+        weights: of the model.
+        activations: the most that a forward, or a forward with back-propagation, holds.
+        adapter: of adapter or prefix, with the host's copies of boosting.
+        optimizer: of gradients and the optimizer's state.
+        process: of this process before the model is loaded.
+        loading: beyond the weights while they are read: a file of another dtype is mapped meanwhile.
+        free: free memory, with that of this process.
+    """
 
     weights: float
     activations: float
@@ -41,10 +69,11 @@ class Estimate:
     optimizer: float
     process: float
     loading: float = 0.0
-    free: float = math.inf  # now, with what the process has
+    free: float = math.inf
 
     @property
     def needed(self) -> float:
+        """The memory that the run can't do without."""
         return self.process + self.weights + self.activations + self.adapter + self.optimizer
 
     @property
@@ -53,29 +82,38 @@ class Estimate:
         return max(self.needed, self.process + self.weights + self.loading)
 
     def __str__(self):
-        parts = ", ".join(f"{name} {getattr(self, name) / 1e6:,.0f}" for name in FLAGS)
-        parts += f", program {self.process / 1e6:,.0f}" if self.process else ""
-        parts += f"; while loading {self.loading / 1e6:,.0f} more than the weights" if self.total > self.needed else ""
-        return f"memory: about {self.total / 1e6:,.0f} MB ({parts}) of {self.free / 1e6:,.0f} MB free"
+        parts = ", ".join(f"{name} {megabytes(getattr(self, name))}" for name in FLAGS_BY_PART)
+        if self.process:
+            parts += f", program {megabytes(self.process)}"
+        if self.total > self.needed:
+            parts += f"; while loading {megabytes(self.loading)} more than the weights"
+        return f"memory: about {megabytes(self.total)} MB ({parts}) of {megabytes(self.free)} MB free"
 
     def warning(self, args) -> str | None:
-        """What to lower, where more is needed than there is."""
-        if self.needed <= self.free or args.device_map:  # which spreads the model over what there is
+        """Return a line with the flags that lower the largest part, None where the memory is enough.
+
+        Args:
+            args: the arguments of the run; with `device_map` there is no warning, since the model is spread
+                over the memory that there is.
+        """
+        if self.needed <= self.free or args.device_map:
             return None
-        part = max(FLAGS, key=lambda name: getattr(self, name))
-        flags = " or ".join(f"--{flag}" for flag in FLAGS[part] if helps(flag, args))
-        most, sizes = getattr(self, part), f"{self.needed / 1e6:,.0f} MB, but {self.free / 1e6:,.0f} MB are free"
-        said = f"this run needs about {sizes}; most of it ({part}, {most / 1e6:,.0f} MB) "
-        return said + (f"gets less with {flags}" if flags else "is the model")
+        part = max(FLAGS_BY_PART, key=lambda name: getattr(self, name))
+        flags = " or ".join(f"--{flag}" for flag in FLAGS_BY_PART[part] if flag_would_help(flag, args))
+        advice = f"gets less with {flags}" if flags else "is the model"
+        return (
+            f"this run needs about {megabytes(self.needed)} MB, but {megabytes(self.free)} MB are free; "
+            f"most of it ({part}, {megabytes(getattr(self, part))} MB) {advice}"
+        )
 
 
-def helps(flag: str, args) -> bool:
-    """Whether a flag exists, means something to this run and is not taken yet."""
+def flag_would_help(flag: str, args) -> bool:
+    """Return whether a flag of FLAGS_BY_PART has an effect on this run and has not been given yet."""
     regular = args.trainer == "regular"
+    adapters_only = args.trainer == "none" or args.mode in ("lora", "prefix") or args.xgblora_ensemble
     return {
         "load_bfloat16": args.dtype.itemsize > 2,
-        "load_int8": not args.load_int8
-        and (args.trainer == "none" or args.mode in ("lora", "prefix") or args.xgblora_ensemble),
+        "load_int8": not args.load_int8 and adapters_only,
         "per_device_train_batch_size": args.trainer != "none" and args.per_device_train_batch_size > 1,
         "max_length": True,
         "gradient_checkpointing": regular and not args.gradient_checkpointing,
@@ -85,105 +123,246 @@ def helps(flag: str, args) -> bool:
     }[flag]
 
 
-def inference(model: Shape, p: Pack, size: int, copies: int = 1) -> float:
-    """What a forward without back-propagation holds where it is widest: in a layer, or at the logits."""
-    _, width, queries, keys, inner, _ = model.widths()
-    rows = p.rows * copies
-    mlp = rows * p.length * (3 * inner + 4 * width)  # gate, up and their product; residual, norm, output
-    seen = rows * (p.cached + p.length) * 2 * (queries + keys * (p.cached > 0))  # keys and values, for all heads
-    attention = rows * p.length * (4 * queries + 2 * width) + seen
-    scores = rows * p.length * (p.cached + p.length) * (1 + 2 * model.heads)  # the mask, and eager attention's own
-    logits = p.reads * copies * model.vocabulary * (8 if size == 4 else size + 8)  # with logsumexp's, in fp32
-    return max(size * max(mlp, attention), logits) + size * scores
+# ---- activations ----
 
 
-def kept(model: Shape, p: Pack, size: int, full: bool, checkpointing: bool) -> float:
-    """What back-propagation keeps of a forward: what the derivative of each operation asks for."""
-    layers, width, queries, _, inner, made = model.widths()
-    token = 4 * queries * size + 2 * width * 4  # queries, keys, values, output; inputs of two norms, in fp32
-    if full:  # inputs of all matrices and norms too
-        token += (2 * made + queries + 4 * width) * size
-    else:  # the activation and what it multiplies; x of the adapters, in fp32, and once for each that casts it
-        token += (2 * made - inner) * size + width * 4 * (1 if size == 4 else 2)
-    tokens, mask = p.rows * p.length, p.rows * p.length**2 * size
-    layer = tokens * token + mask * 2 * model.heads
-    whole = tokens * width * size * layers + layer if checkpointing else layers * layer
-    return whole + mask + p.reads * model.vocabulary * (size + 12)
+def forward_bytes(model: ModelShape, batch: BatchShape, itemsize: int, copies: int = 1) -> float:
+    """Return the most bytes that a forward without back-propagation holds: in a layer, or at the logits.
+
+    Args:
+        model: the shape of the model.
+        batch: the shape of the batch.
+        itemsize: bytes an element of the activations.
+        copies: how often the rows of the batch are repeated in one forward.
+    """
+    widths = model.widths()
+    rows = batch.rows * copies
+    tokens = rows * batch.length
+    context = batch.cached + batch.length
+    # Gate, up and their product; residual, norm, output.
+    mlp = tokens * (3 * widths.inner + 4 * widths.hidden)
+    # Keys and values of the context, repeated for all query heads, and as the cache holds them.
+    keys_and_values = rows * context * 2 * (widths.queries + widths.keys * (batch.cached > 0))
+    attention = tokens * (4 * widths.queries + 2 * widths.hidden) + keys_and_values
+    # The mask; eager attention has scores and probabilities of each head.
+    scores = tokens * context * (1 + 2 * model.score_heads)
+    # Logits, and their copy for logsumexp, in fp32.
+    logits = batch.reads * copies * model.vocabulary * (8 if itemsize == 4 else itemsize + 8)
+    return max(itemsize * max(mlp, attention), logits) + itemsize * scores
 
 
-def activations(args, model: Shape, learned, evaluated, copies: Callable[[int], int], new: int) -> float:
-    """The most that a forward of the run, or one with back-propagation, holds, and the store of activations."""
-    cpu, regular, size = args.device.type == "cpu", args.trainer == "regular", args.dtype.itemsize
-    forward, backward = (INFERENCE, TRAINING) if cpu else (1, 1)
-    held = [0.0]
-    if evaluated and new:
-        p = answers_pack(model, evaluated, new, size)
-        held.append(forward * (p.rows * p.length * model.cached() * size + inference(model, p, size)))
-    elif evaluated:
-        held += [forward * inference(model, p, size) for p in evaluation_packs(evaluated)]
-    if learned:
-        batch = args.per_device_train_batch_size
+def saved_for_backward(
+    model: ModelShape, batch: BatchShape, itemsize: int, full: bool, checkpointing: bool
+) -> float:  # fmt: skip
+    """Return the bytes that back-propagation saves in a forward: what the derivative of each operation needs.
+
+    Args:
+        model: the shape of the model.
+        batch: the shape of the batch.
+        itemsize: bytes an element of the activations.
+        full: whether all weights are trained, not adapters alone.
+        checkpointing: whether the layers' activations are computed twice instead.
+    """
+    widths = model.widths()
+    # Queries, keys, values, output; inputs of two norms, in fp32.
+    per_token = 4 * widths.queries * itemsize + 2 * widths.hidden * 4
+    if full:  # the inputs of all matrices and norms too
+        per_token += (2 * widths.mlp_outputs + widths.queries + 4 * widths.hidden) * itemsize
+    else:  # the activation and its factor; input of the adapters, in fp32, for each that casts it
+        per_token += (2 * widths.mlp_outputs - widths.inner) * itemsize
+        per_token += widths.hidden * 4 * (1 if itemsize == 4 else 2)
+    mask = batch.rows * batch.length**2 * itemsize
+    layer = batch.tokens * per_token + mask * 2 * model.score_heads
+    layers = widths.layers * layer
+    if checkpointing:
+        layers = batch.tokens * widths.hidden * itemsize * widths.layers + layer
+    return layers + mask + batch.reads * model.vocabulary * (itemsize + 12)
+
+
+def evaluation_bytes(
+    model: ModelShape, examples: Sequence[Example], itemsize: int, max_new_tokens: int
+) -> float:  # fmt: skip
+    """Return the bytes of the largest forward of an evaluation, with the cache of generated answers.
+
+    Args:
+        max_new_tokens: tokens of an answer; 0 where options are scored.
+    """
+    if not max_new_tokens:
+        return max(forward_bytes(model, batch, itemsize) for batch in largest_evaluation_batches(examples))
+    batch = largest_generation_batch(model, examples, max_new_tokens, itemsize)
+    return batch.tokens * model.cache_per_token() * itemsize + forward_bytes(model, batch, itemsize)
+
+
+def activation_bytes(
+    args, model: ModelShape, train_examples: Sequence[Example], eval_examples: Sequence[Example],
+    points_per_forward: Callable[[int], int] | None, max_new_tokens: int,
+) -> float:  # fmt: skip
+    """Return the most bytes that a forward of the run holds, with those of back-propagation, and the cache.
+
+    Args: see `estimate_run`.
+    """
+    on_cpu = args.device.type == "cpu"
+    itemsize = args.dtype.itemsize
+    inference_factor = HEAP_FACTOR_INFERENCE if on_cpu else 1
+    training_factor = HEAP_FACTOR_TRAINING if on_cpu else 1
+    peaks = [0.0]
+    if eval_examples:
+        peaks.append(inference_factor * evaluation_bytes(model, eval_examples, itemsize, max_new_tokens))
+    if train_examples:
+        batch_size = args.per_device_train_batch_size
         steps = args.max_steps * args.gradient_accumulation_steps
         if steps <= 0:
-            steps = math.ceil(args.num_train_epochs * len(learned) / batch)
-        p = training_pack(learned, batch, steps)
-        if regular:
-            held.append(backward * kept(model, p, size, args.mode == "ft", args.gradient_checkpointing))
+            steps = math.ceil(args.num_train_epochs * len(train_examples) / batch_size)
+        batch = largest_training_batch(train_examples, batch_size, steps)
+        if args.trainer == "regular":
+            full = args.mode == "ft"
+            saved = saved_for_backward(model, batch, itemsize, full, args.gradient_checkpointing)
+            peaks.append(training_factor * saved)
         else:
-            held.append(forward * inference(model, p, size, copies(p.rows * p.length)))
-    cached = args.zo_cache_activations and cpu
-    return max(held) + (sum(len(x.encodings[0]) for x in learned) * model.widths().hidden * size if cached else 0)
+            copies = points_per_forward(batch.tokens)
+            peaks.append(inference_factor * forward_bytes(model, batch, itemsize, copies))
+    cache = 0
+    if args.zo_cache_activations and on_cpu:
+        cache = sum(len(x.encodings[0]) for x in train_examples) * model.widths().hidden * itemsize
+    return max(peaks) + cache
 
 
-def estimate(args, model: Shape, learned, evaluated, copies: Callable[[int], int], file: int, new: int = 0) -> Estimate:
-    """Of a run with these choices on these examples. `copies(tokens)`: points that one forward of a training batch of
-    so many tokens serves; `file`: bytes an element in the file; `new`: tokens of generated answers, where they are."""
-    cpu, size = args.device.type == "cpu", args.dtype.itemsize
-    # bitsandbytes: a byte an element and a scale in fp32 a row; half a byte (NF4) and a quantised scale for 64 elements
-    packed = 1 if args.load_int8 else 0.5 + 1 / 64 if args.load_int4 else 0
-    weights = float(model.parameters * size)
-    if packed:
-        weights += sum(o * i * (packed - size) + 4 * o * (packed == 1) for o, i in model.linear.values())
+# ---- weights, adapters and optimizer ----
 
+
+def weight_bytes(args, model: ModelShape) -> float:
+    """Return the bytes of the model's weights, packed ones where they are quantised."""
+    itemsize = args.dtype.itemsize
+    weights = float(model.parameters * itemsize)
+    if args.load_int8:  # bitsandbytes: a byte an element, and a scale in fp32 a row
+        weights += sum(out * into * (1 - itemsize) + 4 * out for out, into in model.linear.values())
+    elif args.load_int4:  # half a byte an element (NF4), and a quantised scale for 64 elements
+        weights += sum(out * into * (0.5 + 1 / 64 - itemsize) for out, into in model.linear.values())
+    return weights
+
+
+def adapter_bytes(args, model: ModelShape, targets: list[tuple[int, int]]) -> float:
+    """Return the bytes of the trained adapter or prefix, in fp32; 0 in the other modes.
+
+    Args:
+        targets: (out, in) of the adapted matrices.
+    """
+    if args.mode == "prefix":
+        return 4.0 * model.cache_per_token() * args.num_prefix
+    if args.mode in ("lora", "xgblora"):
+        rank = max(args.ranks or [args.lora_r])
+        return 4.0 * sum((out + into) * rank for out, into in targets)
+    return 0.0
+
+
+def optimizer_bytes(args, model: ModelShape, adapter: float) -> float:
+    """Return the bytes of gradients and the optimizer's state.
+
+    Args:
+        adapter: bytes of the trained adapter.
+    """
+    if args.trainer == "zo":  # of adapters: the flat fp32 master, z of each query, and the moments
+        moments = {"momentum": 1, "adamw": 2}.get(args.zo_optim, 0)
+        return adapter * (1 + args.zo_queries + moments)
+    if args.trainer == "none":
+        return 0.0
+    head = model.vocabulary * model.widths().hidden
+    elements = {"ft": model.parameters, "head": head}.get(args.mode, 0)
+    trained = elements * args.dtype.itemsize + adapter
+    # A gradient and Adam's two moments, in the dtype of the trained weights.
+    return trained * (1 if args.optim.value.startswith(("sgd", "adafactor")) else 3)
+
+
+class RankShare(NamedTuple):
+    """Bytes of one rank where weights are divided among the ranks."""
+
+    weights: float
+    optimizer: float
+
+
+def share_of_rank(args, model: ModelShape, weights: float, optimizer: float) -> RankShare:
+    """Return the bytes of a rank under `--fsdp`: its part, and all of what lies outside the layers."""
+    ranks = collectives.env_world_size()
+    outside_layers = model.parameters - sum(out * into for out, into in model.linear.values())
+    frozen = args.mode in ("lora", "xgblora", "prefix")
+    gathered = outside_layers * args.dtype.itemsize * (1 if frozen else 2)  # with the gradient where trained
+    return RankShare(weights / ranks + gathered, optimizer if frozen else optimizer / ranks)
+
+
+def estimate_run(
+    args, model: ModelShape, train_examples: Sequence[Example], eval_examples: Sequence[Example],
+    points_per_forward: Callable[[int], int] | None, file_itemsize: int, max_new_tokens: int = 0,
+) -> Estimate:  # fmt: skip
+    """Return the memory of a run with these arguments on these examples.
+
+    Args:
+        args: the arguments of the run.
+        model: the shape of the model.
+        train_examples: the rows to learn from.
+        eval_examples: the rows to evaluate on.
+        points_per_forward: tokens of a training batch -> points that one forward of the batch serves.
+        file_itemsize: bytes an element in the model's file.
+        max_new_tokens: tokens of a generated answer; 0 where options are scored.
+    """
+    on_cpu = args.device.type == "cpu"
+    itemsize = args.dtype.itemsize
+    all_weights = weights = weight_bytes(args, model)
     targets = [model.linear[name] for name in model.targets(args.targets)]
-    lora = sum((out + into) * max(args.ranks or [args.lora_r]) for out, into in targets)
-    prefix = model.cached() * args.num_prefix
-    adapter = 4.0 * {"lora": lora, "xgblora": lora, "prefix": prefix}.get(args.mode, 0)
-    own = {"ft": model.parameters, "head": model.vocabulary * model.widths().hidden}  # elements of the model's own
-    trained = own.get(args.mode, 0) * size + adapter
-    if args.trainer == "regular":  # a gradient and Adam's two moments, in the dtype of what is trained
-        optimizer = trained * (1 if args.optim.value.startswith(("sgd", "adafactor")) else 3)
-    else:  # zo, of adapters: the flat fp32 master, z, and the moments
-        states = 1 + args.zo_queries + {"momentum": 1, "adamw": 2}.get(args.zo_optim, 0)
-        optimizer = adapter * states if args.trainer == "zo" else 0.0
-    whole = weights
-    if args.sharded:  # a part of all; whole for a while what lies outside the layers, with its gradient where trained
-        parts, outside = collectives.env_world_size(), model.parameters - sum(o * i for o, i in model.linear.values())
-        frozen = args.mode in ("lora", "xgblora", "prefix")
-        weights = weights / parts + outside * size * (1 if frozen else 2)
-        optimizer = optimizer if frozen else optimizer / parts
-    if args.mode == "xgblora" and not args.xgblora_ensemble and cpu:  # W0 and the sum of the chain, on the host
-        adapter += sum(out * into * (size + 4) for out, into in targets)
+    adapter = adapter_bytes(args, model, targets)
+    optimizer = optimizer_bytes(args, model, adapter)
+    if args.sharded:
+        weights, optimizer = share_of_rank(args, model, weights, optimizer)
+    if args.mode == "xgblora" and not args.xgblora_ensemble and on_cpu:  # W0 and the fp32 sum of the chain
+        adapter += sum(out * into * (itemsize + 4) for out, into in targets)
 
+    loading = 0.0
+    if on_cpu:
+        converted = args.load_int8 or args.load_int4 or file_itemsize != itemsize
+        loading = all_weights - weights + (model.parameters * file_itemsize if converted else 0.0)
     resident = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available + resident if on_cpu else torch.cuda.mem_get_info(args.device)[0]
     return Estimate(
-        weights, activations(args, model, learned, evaluated, copies, new), adapter, optimizer,
-        process=(resident + PROGRAM) * cpu,
-        loading=whole - weights + (model.parameters * file if packed or file != size else 0.0) if cpu else 0.0,
-        free=psutil.virtual_memory().available + resident if cpu else torch.cuda.mem_get_info(args.device)[0],
+        weights=weights,
+        activations=activation_bytes(
+            args, model, train_examples, eval_examples, points_per_forward, max_new_tokens
+        ),
+        adapter=adapter,
+        optimizer=optimizer,
+        process=(resident + LIBRARY_BYTES) * on_cpu,
+        loading=loading,
+        free=free,
     )  # fmt: skip
 
 
-def estimate_memory(args, config, learned, evaluated, copies: Callable[[int], int], new: int = 0) -> Estimate | None:
-    """The estimate, logged, with a warning where the machine has less; None where something is not as expected."""
+def estimate_memory(
+    args, config, train_examples: Sequence[Example], eval_examples: Sequence[Example],
+    points_per_forward: Callable[[int], int], max_new_tokens: int = 0,
+) -> Estimate | None:  # fmt: skip
+    """Return the estimate of a run and log it, with a warning where the machine has less memory.
+
+    Args:
+        args, train_examples, eval_examples, points_per_forward, max_new_tokens: see `estimate_run`.
+        config: the configuration of the model, or None of a `.gguf` file.
+
+    Returns:
+        The estimate, or None where the model has a shape that this module does not know: an estimate never
+        stops a run.
+    """
     try:
-        model = shape(config, args.trust_remote_code) if config else gguf_shape(args.model_name)
-        file = getattr(config, "dtype", None) or torch.float32
-        found = estimate(args, model, learned, evaluated, copies, file.itemsize, new)
-        logger.info(found)
-        if warning := found.warning(args):
+        if config:
+            model = read_model_shape(config, args.trust_remote_code)
+            file_dtype = getattr(config, "dtype", None) or torch.float32
+        else:
+            model = read_gguf_shape(args.model_name)
+            file_dtype = torch.float32
+        examples = train_examples, eval_examples
+        estimate = estimate_run(
+            args, model, *examples, points_per_forward, file_dtype.itemsize, max_new_tokens
+        )  # fmt: skip
+        logger.info(estimate)
+        if warning := estimate.warning(args):
             logger.warning(warning)
-        return found
-    except Exception as error:  # it is only a service
+        return estimate
+    except Exception as error:
         logger.debug("no estimate of memory: %r", error)
         return None

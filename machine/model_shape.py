@@ -1,4 +1,4 @@
-"""What memory depends on, known before a model is loaded: the sizes of its matrices, and of the largest batches."""
+"""Sizes of a model's matrices and of the largest batches, known before the model is loaded."""
 
 import copy
 import itertools
@@ -17,107 +17,182 @@ from boosters.targets import DEFAULT_TARGETS, TARGETS_BY_MODEL_TYPE, names_endin
 from scoring import packing
 from scoring.generate import MAX_CACHE_BYTES
 
-FUSED = sorted({name for names in TARGETS_BY_MODEL_TYPE.values() for name in names})
+FUSED_TARGETS = sorted({name for names in TARGETS_BY_MODEL_TYPE.values() for name in names})
 
 
 class Widths(NamedTuple):
-    """Layers; width of hidden states, queries and keys; of the MLP's inside, and of all that is `made` there before the
-    activation: as much, or twice that where there is a gate."""
+    """The number of decoder layers, and widths inside one.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width of the hidden states.
+        queries: width of the queries of all heads.
+        keys: width of the keys of all heads; the values have the same width.
+        inner: width of the MLP behind its activation function.
+        mlp_outputs: width of all that the MLP's first matrices put out: `inner`, or twice that with a gate.
+    """
 
     layers: int
     hidden: int
     queries: int
     keys: int
     inner: int
-    made: int
+    mlp_outputs: int
 
 
-class Shape(NamedTuple):
-    """A model as far as memory goes: elements of all weights, each once; (out, in) of every matrix in its layers."""
+class ModelShape(NamedTuple):
+    """The sizes of a model.
+
+    Attributes:
+        parameters: elements of all weights, each counted once.
+        vocabulary: rows of the head.
+        linear: (out, in) of every matrix in the decoder layers, by name.
+        score_heads: attention heads whose scores exist as tensors: 0 where a fused kernel does without.
+    """
 
     parameters: int
     vocabulary: int
     linear: dict[str, tuple[int, int]]
-    heads: int = 0  # whose scores exist whole: none where a fused kernel does without
+    score_heads: int = 0
 
     def targets(self, names: Sequence[str] | None = None) -> list[str]:
-        """The matrices that LoRA adapts, as lora.py chooses them."""
-        return names_ending_in(self.linear, names or DEFAULT_TARGETS) or names_ending_in(self.linear, names or FUSED)
+        """Return the names of the matrices that LoRA adapts, by the rule of boosters/targets.py.
+
+        Args:
+            names: names or last parts of names; without them the default targets.
+        """
+        chosen = names_ending_in(self.linear, names or DEFAULT_TARGETS)
+        return chosen or names_ending_in(self.linear, names or FUSED_TARGETS)
 
     def widths(self) -> Widths:
+        """Return the widths, as the matrices of the decoder layers have them."""
         layers = 1 + max(int(n) for name in self.linear for n in re.findall(r"\.(\d+)\.", name))
-        width = self.linear[(self.targets() or list(self.linear))[0]][1]
-        queries, keys = (
-            next((self.linear[n][0] for n in names_ending_in(self.linear, [p])), width) for p in ("q_proj", "k_proj")
-        )
-        inner = max(size[1] for size in self.linear.values())
-        made = sum(out for out, _ in self.linear.values() if out >= inner and out % inner == 0) // layers
-        return Widths(layers, width, queries, keys, inner, made)
+        adapted = self.targets() or list(self.linear)
+        hidden = self.linear[adapted[0]][1]
+        inner = max(into for _, into in self.linear.values())
+        mlp_outputs = sum(out for out, _ in self.linear.values() if out >= inner and out % inner == 0)
+        queries = self._rows_of("q_proj", hidden)
+        keys = self._rows_of("k_proj", hidden)
+        return Widths(layers, hidden, queries, keys, inner, mlp_outputs // layers)
 
-    def cached(self) -> int:
-        """Elements of the keys and values of a token, in all layers."""
-        w = self.widths()
-        return 2 * w.layers * w.keys
+    def _rows_of(self, name: str, default: int) -> int:
+        """Return the rows of the first matrix whose name ends so, `default` where there is none."""
+        matches = names_ending_in(self.linear, [name])
+        return self.linear[matches[0]][0] if matches else default
+
+    def cache_per_token(self) -> int:
+        """Return the elements of the keys and values of one token, in all layers."""
+        widths = self.widths()
+        return 2 * widths.layers * widths.keys
 
 
-def shape(config, trust: bool = False) -> Shape:
-    """Of a model that is built without storage: 0.1 s, and no random numbers are drawn."""
+def read_model_shape(config, trust: bool = False) -> ModelShape:
+    """Return the shape of a model that is built without storage: it takes 0.1 s and draws no random numbers.
+
+    Args:
+        config: the configuration of the model, which is not changed.
+        trust: run code that comes with the model.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust)
     linear = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name):
-            out, into = module.weight.shape
-            linear[name] = (into, out) if isinstance(module, Conv1D) else (out, into)
-    heads = config.get_text_config().num_attention_heads if model.config._attn_implementation == "eager" else 0
-    return Shape(sum(p.numel() for p in model.parameters()), len(model.get_output_embeddings().weight), linear, heads)
+            rows, columns = module.weight.shape
+            linear[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    eager = model.config._attn_implementation == "eager"
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=len(model.get_output_embeddings().weight),
+        linear=linear,
+        score_heads=config.get_text_config().num_attention_heads if eager else 0,
+    )
 
 
-def gguf_shape(path: str) -> Shape:
-    """From the header of a `.gguf` file, whose names are llama.cpp's."""
-    linear, sizes = {}, {info.name: tuple(info.shape) for info in GgufHeader.from_file(path).tensors}
+def read_gguf_shape(path: str) -> ModelShape:
+    """Return the shape of a model from the header of its `.gguf` file, whose names are llama.cpp's."""
+    sizes = {tensor.name: tuple(tensor.shape) for tensor in GgufHeader.from_file(path).tensors}
+    linear = {}
     for name, size in sizes.items():
         if len(size) == 2 and name.startswith("blk."):
             linear[re.sub(r"attn_([qkv])\.weight$", r"\1_proj", name)] = size
-    return Shape(sum(map(math.prod, sizes.values())), sizes["token_embd.weight"][0], linear)
+    return ModelShape(sum(map(math.prod, sizes.values())), sizes["token_embd.weight"][0], linear)
 
 
-class Pack(NamedTuple):
-    """Rows of tokens, places where logits are computed, tokens that a cache holds in front of every row."""
+class BatchShape(NamedTuple):
+    """The sizes of a packed batch.
+
+    Attributes:
+        rows: rows of the batch.
+        length: tokens of a row.
+        reads: positions whose logits are computed.
+        cached: tokens in front of every row whose keys and values a cache holds.
+    """
 
     rows: int
     length: int
     reads: int
     cached: int = 0
 
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
 
-def training_pack(examples: Sequence[packing.Example], batch: int, steps: int) -> Pack:
-    """The largest of as many batches as a run takes, drawn as it draws them (from another seed)."""
+
+def largest_training_batch(examples: Sequence[packing.Example], batch_size: int, steps: int) -> BatchShape:
+    """Return the shape of the largest of as many batches as a run takes.
+
+    The batches are drawn as the run draws them, from another seed, and from ten epochs at most.
+
+    Args:
+        examples: the training rows.
+        batch_size: rows of a batch.
+        steps: batches of the run.
+    """
     lengths = torch.tensor([float(len(x.encodings[0])) for x in examples])
-    generator, best = torch.Generator().manual_seed(0), (-1.0, [])
-    for _ in range(min(10, math.ceil(steps * batch / len(examples)))):
-        for some in torch.randperm(len(examples), generator=generator).split(batch)[:steps]:
-            best = max(best, (float(lengths[some].sum()), some.tolist()))
-    packed = packing.pack([examples[i] for i in best[1]])
-    return Pack(*packed["input_ids"].shape, len(packed["read_row"]))
+    generator = torch.Generator().manual_seed(0)
+    largest = (-1.0, [])  # tokens, and indices of the examples
+    for _ in range(min(10, math.ceil(steps * batch_size / len(examples)))):
+        order = torch.randperm(len(examples), generator=generator)
+        for indices in order.split(batch_size)[:steps]:
+            largest = max(largest, (float(lengths[indices].sum()), indices.tolist()))
+    packed = packing.pack([examples[i] for i in largest[1]])
+    return BatchShape(*packed["input_ids"].shape, len(packed["read_row"]))
 
 
-def evaluation_packs(examples: Sequence[packing.Example]) -> list[Pack]:
-    """Of the longest examples, which have most tokens, and of the shortest, which have most places to read."""
-    start, found = packing.shared_prefix_len(examples), []
-    ordered = sorted(examples, key=lambda x: -len(x.encodings[0]))
-    used = itertools.accumulate(len(x.encodings[0]) - start for x in ordered)
-    enough = next((n for n, tokens in enumerate(used, 1) if tokens > 2 * packing.MAX_TOKENS), len(ordered))
-    for some in (ordered[:enough], ordered[-packing.MAX_READS :]):
-        group = next(packing.batch_trees(packing.build_trees(some, start=start), packing.MAX_TOKENS, packing.MAX_READS))
-        packed = packing.to_tensors(some, group)
-        found.append(Pack(*packed["input_ids"].shape, len(packed["read_row"]), start))
-    return found
+def largest_evaluation_batches(examples: Sequence[packing.Example]) -> list[BatchShape]:
+    """Return the shapes of two batches: of the longest examples, and of the shortest.
+
+    The longest examples make the batch with the most tokens, the shortest the one with the most logits.
+    """
+    prefix_len = packing.shared_prefix_len(examples)
+    by_length = sorted(examples, key=lambda x: -len(x.encodings[0]))
+    tokens_so_far = itertools.accumulate(len(x.encodings[0]) - prefix_len for x in by_length)
+    full = (count for count, tokens in enumerate(tokens_so_far, 1) if tokens > 2 * packing.MAX_TOKENS)
+    longest = by_length[: next(full, len(by_length))]
+    shortest = by_length[-packing.MAX_READS :]
+    shapes = []
+    for group in (longest, shortest):
+        trees = packing.build_trees(group, start=prefix_len)
+        batch = next(packing.batch_trees(trees, packing.MAX_TOKENS, packing.MAX_READS))
+        packed = packing.to_tensors(group, batch)
+        shapes.append(BatchShape(*packed["input_ids"].shape, len(packed["read_row"]), prefix_len))
+    return shapes
 
 
-def answers_pack(model: Shape, examples: Sequence[packing.Example], new: int, size: int) -> Pack:
-    """The largest batch of generated answers of `new` tokens, as generation.py chooses it."""
-    longest = max(len(x.encodings[0]) for x in examples) + new
-    rows = int(max(MAX_CACHE_BYTES, model.parameters * size / 4) / (model.cached() * size * longest))
+def largest_generation_batch(
+    model: ModelShape, examples: Sequence[packing.Example], max_new_tokens: int, itemsize: int
+) -> BatchShape:
+    """Return the shape of the largest batch of generated answers, by the rule of scoring/generate.py.
+
+    Args:
+        model: the shape of the model.
+        examples: the prompts.
+        max_new_tokens: tokens of an answer.
+        itemsize: bytes an element of weights and cache.
+    """
+    length = max(len(x.encodings[0]) for x in examples) + max_new_tokens
+    budget = max(MAX_CACHE_BYTES, model.parameters * itemsize / 4)
+    rows = int(budget / (model.cache_per_token() * itemsize * length))
     rows = max(1, min(len(examples), rows))
-    return Pack(rows, longest, rows)
+    return BatchShape(rows, length, rows)

@@ -1,4 +1,4 @@
-"""What this machine has and does: memory that is kept, bfloat16 in hardware, the peak of a process."""
+"""This machine: bfloat16 in hardware, the peak memory of a process, and how glibc treats freed memory."""
 
 import ctypes
 import re
@@ -7,24 +7,32 @@ from pathlib import Path
 
 import torch
 
+# Parameters of glibc's mallopt.
+TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3
+
 
 def keep_pages(keep: bool = True) -> None:
     """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
 
-    `bench/step.py --default_malloc` shows what it is worth. Where it is not to `keep` it, that costs time and saves
-    memory. Does nothing where there is no glibc.
+    `bench/step.py --default_malloc` measures what that saves. Does nothing where there is no glibc.
+
+    Args:
+        keep: False gives freed memory back to the system, which costs time and saves memory.
     """
-    trim_threshold, mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
-        libc.mallopt(trim_threshold, 1 << 30 if keep else 1 << 16)
+        libc.mallopt(MMAP_THRESHOLD, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
+        libc.mallopt(TRIM_THRESHOLD, 1 << 30 if keep else 1 << 16)
     except (OSError, AttributeError):
         pass
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX); False where Linux can't tell."""
+    """Return whether this CPU multiplies bfloat16 matrices in hardware (avx512_bf16 or AMX).
+
+    False where /proc/cpuinfo does not say.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     except (OSError, IndexError):
