@@ -1,8 +1,9 @@
 """Tasks: where the rows come from, what their columns must hold, and which candidates an example has.
 
-Rows are read from `DIR/<TaskName>/{train,validation}.jsonl` (`data_dir`) or from the Hugging Face hub; `own` tasks are
-described on the command line and read from `DIR/{train,validation}.jsonl`. A local file is validated whole, but a row
-becomes a `Sample` only when it is asked for. Nothing here knows a model.
+Rows are read from `DIR/<TaskName>/{train,validation}.jsonl` (`data_dir`) or from the Hugging Face hub. A task
+of the user's own, named `own`, is described on the command line and read from `DIR/{train,validation}.jsonl`.
+All rows of a local file are checked at once, but a row becomes a `Sample` only when it is read. This module
+knows no model.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ import templates
 from utils import UsageError
 
 SPLITS = ("train", "validation")
-OPTIONS, GENERATION, TEXT = "options", "generation", "text"  # the kinds of tasks
+# The kinds of tasks: options are scored, answers generated, or whole texts learned.
+OPTIONS = "options"
+GENERATION = "generation"
+TEXT = "text"
 METRICS = {  # by kind of task; the first is the default
     OPTIONS: ("accuracy", "macro_f1", "loss"),
     GENERATION: ("f1", "em"),
@@ -27,7 +31,14 @@ METRICS = {  # by kind of task; the first is the default
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: `data` are its columns, `correct_candidate` one of `candidates` or a list of right ones."""
+    """One example.
+
+    Attributes:
+        id: its index in the split.
+        data: the cells by column.
+        correct_candidate: one of `candidates`, or a list of right ones; for generation the right answers.
+        candidates: what the model chooses from; None where it generates.
+    """
 
     id: int
     data: dict
@@ -39,22 +50,29 @@ class Sample:
 class Spec:
     """One row of the table of tasks.
 
-    `columns` maps a column to what a cell must be: a type, a tuple of values (a label column), a list with the type of
-    its elements, or a dict of such; a function may refuse a cell with a ValueError. `correct(row)` and
-    `candidates(row)` make the sample; `template` is None where the row itself is the text.
+    Attributes:
+        columns: column -> the kind of its cells: a type; a tuple of values (a label column); a list with the
+            kind of its elements; a dict of kinds; or a function that raises ValueError for a cell that it
+            refuses.
+        template: makes the prompts; None where the row itself is the text.
+        correct: row -> the right candidate, or a list of right ones.
+        candidates: row -> the candidates.
+        hub: (dataset, configuration) on the hub; None where the task is not there.
+        kind: OPTIONS, GENERATION or TEXT.
+        distinct: whether a repeated candidate is an error.
     """
 
     columns: dict
     template: templates.Template | None
     correct: Callable[[dict], object] = lambda row: None
     candidates: Callable[[dict], list | None] = lambda row: None
-    hub: tuple[str, str | None] | None = None  # (dataset, configuration); None: not on the hub
+    hub: tuple[str, str | None] | None = None
     kind: str = OPTIONS
-    distinct: bool = False  # whether a candidate that stands there twice is an error
+    distinct: bool = False
 
 
-def labelled(template: templates.Template, *columns: str, labels=(0, 1), hub=None) -> Spec:
-    """A task of text columns and a column `label`."""
+def classification(template: templates.Template, *columns: str, labels=(0, 1), hub=None) -> Spec:
+    """Return the `Spec` of a task with these columns of text and a column `label`."""
     return Spec(
         {**dict.fromkeys(columns, str), "label": labels},
         template,
@@ -64,11 +82,13 @@ def labelled(template: templates.Template, *columns: str, labels=(0, 1), hub=Non
     )
 
 
-GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
+GLUE = "nyu-mll/glue"
+SUPER_GLUE = "aps/super_glue"
+SENTIMENT_TASKS = ("Reviews", "Products", "Tweets", "Editorials")  # made by starter.py
 TASKS = {
-    "SST2": labelled(templates.sentiment, "sentence", hub=(GLUE, "sst2")),
-    "RTE": labelled(templates.rte, "premise", "hypothesis", hub=(SUPER_GLUE, "rte")),
-    "CB": labelled(templates.cb, "premise", "hypothesis", labels=(0, 1, 2), hub=(SUPER_GLUE, "cb")),
+    "SST2": classification(templates.sentiment, "sentence", hub=(GLUE, "sst2")),
+    "RTE": classification(templates.rte, "premise", "hypothesis", hub=(SUPER_GLUE, "rte")),
+    "CB": classification(templates.cb, "premise", "hypothesis", labels=(0, 1, 2), hub=(SUPER_GLUE, "cb")),
     "BoolQ": Spec(
         {"passage": str, "question": str, "answer": (True, False)},
         templates.boolq,
@@ -76,9 +96,15 @@ TASKS = {
         candidates=lambda row: ["Yes", "No"],
         hub=("google/boolq", None),
     ),
-    "WSC": labelled(templates.wsc, "text", "span1_text", "span2_text", hub=(SUPER_GLUE, "wsc.fixed")),
-    "WIC": labelled(templates.wic, "word", "sentence1", "sentence2", hub=(SUPER_GLUE, "wic")),
-    "MultiRC": labelled(templates.multirc, "paragraph", "question", "answer", hub=(SUPER_GLUE, "multirc")),
+    "WSC": classification(templates.wsc, "text", "span1_text", "span2_text", hub=(SUPER_GLUE, "wsc.fixed")),
+    "WIC": classification(templates.wic, "word", "sentence1", "sentence2", hub=(SUPER_GLUE, "wic")),
+    "MultiRC": classification(
+        templates.multirc,
+        "paragraph",
+        "question",
+        "answer",
+        hub=(SUPER_GLUE, "multirc"),
+    ),
     "Copa": Spec(
         {"premise": str, "choice1": str, "choice2": str, "question": ("cause", "effect"), "label": (0, 1)},
         templates.copa,
@@ -107,16 +133,16 @@ TASKS = {
         hub=("ucinlp/drop", None),
         kind=GENERATION,
     ),
-    **{name: labelled(templates.sentiment, "sentence") for name in ("Reviews", "Products", "Tweets", "Editorials")},
+    **{name: classification(templates.sentiment, "sentence") for name in SENTIMENT_TASKS},
 }
 
 
-# ---- a task of one's own ----
+# ---- a task of the user's own ----
 
 
 @dataclass(frozen=True)
 class CustomTask:
-    """How a task of the user's own is put together; the fields are the flags of the same names."""
+    """The flags that describe a task of the user's own; the fields have the names of the flags."""
 
     template: str | None = None
     label_words: str | None = None
@@ -126,92 +152,138 @@ class CustomTask:
     answer_column: str | None = None
 
 
-def custom_spec(own: CustomTask, first_row: dict) -> Spec:
-    """The `Spec` of these flags; without any, the columns `messages`, or `prompt` and `response`, say what it is."""
-    if own == CustomTask():
-        if "messages" in first_row:
-            return Spec({"messages": conversation}, None, kind=TEXT)
-        if "prompt" in first_row and "response" in first_row:
-            return Spec({"prompt": str, "response": str}, None, kind=TEXT)
-        raise UsageError(
-            "--task_name own needs --template with --label_words, --candidates_column or --answer_column, or a column "
-            f"messages, or prompt and response; the columns are {', '.join(first_row)}"
-        )
-    ways = {
-        "--label_words and --label_column": (own.label_words, own.label_column),
-        "--candidates_column and --answer_index_column": (own.candidates_column, own.answer_index_column),
-        "--answer_column": (own.answer_column,),
+def custom_spec(task: CustomTask, first_row: dict) -> Spec:
+    """Return the `Spec` that these flags describe.
+
+    Args:
+        task: the flags. Without any of them the columns `messages`, or `prompt` and `response`, decide.
+        first_row: the first training row.
+
+    Raises:
+        UsageError: flags are missing or exclude each other, or the template is malformed.
+    """
+    if task == CustomTask():
+        return text_spec(first_row)
+    flag_sets = {
+        "--label_words and --label_column": (task.label_words, task.label_column),
+        "--candidates_column and --answer_index_column": (task.candidates_column, task.answer_index_column),
+        "--answer_column": (task.answer_column,),
     }
-    given = [name for name, flags in ways.items() if any(flags)]
-    if not own.template or len(given) != 1 or not all(ways[given[0]]):
-        raise UsageError(f"--task_name own needs --template and one of: {'; '.join(ways)}")
+    chosen = [names for names, values in flag_sets.items() if any(values)]
+    if not task.template or len(chosen) != 1 or not all(flag_sets[chosen[0]]):
+        raise UsageError(f"--task_name own needs --template and one of: {'; '.join(flag_sets)}")
+    columns = prompt_columns(task.template)
+    if task.label_words:
+        return label_spec(task, columns)
+    if task.candidates_column:
+        return candidates_spec(task, columns)
+    return answer_spec(task, columns)
+
+
+def text_spec(first_row: dict) -> Spec:
+    """Return the `Spec` of rows that are the text themselves: a chat, or a prompt with its response."""
+    if "messages" in first_row:
+        return Spec({"messages": check_chat}, None, kind=TEXT)
+    if "prompt" in first_row and "response" in first_row:
+        return Spec({"prompt": str, "response": str}, None, kind=TEXT)
+    raise UsageError(
+        "--task_name own needs --template with --label_words, --candidates_column or --answer_column, "
+        f"or a column messages, or prompt and response; the columns are {', '.join(first_row)}"
+    )
+
+
+def prompt_columns(template: str) -> dict[str, Callable]:
+    """Return the columns that a `--template` reads, with the check of their cells."""
     try:
-        columns = dict.fromkeys(templates.template_columns(own.template), readable)
+        names = templates.template_columns(template)
     except ValueError as error:
-        raise UsageError(f"--template {own.template!r}: {error}") from error
-    if not columns:
-        raise UsageError(f"--template {own.template!r} has no {{column}} in it")
+        raise UsageError(f"--template {template!r}: {error}") from error
+    if not names:
+        raise UsageError(f"--template {template!r} has no {{column}} in it")
+    return dict.fromkeys(names, check_prompt_cell)
 
-    if own.label_words:
-        try:
-            words = json.loads(own.label_words)
-            assert isinstance(words, dict) and len(words) > 1
-            assert all(isinstance(word, str) and word.strip() for word in words.values())
-            assert len(set(words.values())) == len(words)
-        except (ValueError, AssertionError):
-            example = '\'{"neg": "terrible", "pos": "great"}\''
-            message = f"--label_words {own.label_words}: not a JSON object of two different words or more, as {example}"
-            raise UsageError(message) from None
 
-        def label(cell) -> str:  # JSON keys are strings, cells may be numbers or booleans
-            return cell if isinstance(cell, str) else json.dumps(cell)
+def parse_label_words(text: str) -> dict[str, str]:
+    """Return {label: word} of the JSON in `--label_words`, or raise UsageError unless two words differ."""
+    try:
+        words = json.loads(text)
+        assert isinstance(words, dict) and len(words) > 1
+        assert all(isinstance(word, str) and word.strip() for word in words.values())
+        assert len(set(words.values())) == len(words)
+    except (ValueError, AssertionError):
+        example = '\'{"neg": "terrible", "pos": "great"}\''
+        message = f"--label_words {text}: not a JSON object of two different words or more, as {example}"
+        raise UsageError(message) from None
+    return words
 
-        def known(cell):
-            if label(cell) not in words:
-                raise ValueError(f"is {cell!r}, but --label_words has {', '.join(words)}")
 
-        return Spec(
-            {**columns, own.label_column: known},
-            templates.custom_template(own.template, templates.label_words(words)),
-            correct=lambda row: label(row[own.label_column]),
-            candidates=lambda row: list(words),
-        )
-    if own.candidates_column:
+def label_key(cell) -> str:
+    """Return the key of `--label_words` for a cell: JSON keys are strings, cells may be numbers."""
+    return cell if isinstance(cell, str) else json.dumps(cell)
 
-        def index(cell):
-            if isinstance(cell, bool) or not isinstance(cell, int) or cell < 0:
-                raise ValueError(f"is {cell!r}, but it must be the index of a candidate, from 0")
 
-        return Spec(
-            {**columns, own.candidates_column: [str], own.answer_index_column: index},
-            templates.custom_template(own.template, lambda data, candidate: candidate),
-            correct=lambda row: row[own.candidates_column][row[own.answer_index_column]],
-            candidates=lambda row: row[own.candidates_column],
-            distinct=True,
-        )
+def label_spec(task: CustomTask, columns: dict) -> Spec:
+    """Return the `Spec` of classification: a label column, and a word for each label."""
+    words = parse_label_words(task.label_words)
 
-    def answers(cell) -> list[str]:
-        right = [cell] if isinstance(cell, str) else cell
-        if not isinstance(right, list) or not right or not all(isinstance(a, str) for a in right):
-            raise ValueError(f"is {cell!r}, but it must be an answer or a list of right answers")
-        return right
+    def check_label(cell) -> None:
+        if label_key(cell) not in words:
+            raise ValueError(f"is {cell!r}, but --label_words has {', '.join(words)}")
 
     return Spec(
-        {**columns, own.answer_column: answers},
-        templates.custom_template(own.template, templates.answer_line),
-        correct=lambda row: answers(row[own.answer_column]),
+        {**columns, task.label_column: check_label},
+        templates.custom_template(task.template, templates.label_words(words)),
+        correct=lambda row: label_key(row[task.label_column]),
+        candidates=lambda row: list(words),
+    )
+
+
+def candidates_spec(task: CustomTask, columns: dict) -> Spec:
+    """Return the `Spec` of multiple choice: a column of candidates, and the index of the right one."""
+    return Spec(
+        {**columns, task.candidates_column: [str], task.answer_index_column: check_index},
+        templates.custom_template(task.template, lambda data, candidate: candidate),
+        correct=lambda row: row[task.candidates_column][row[task.answer_index_column]],
+        candidates=lambda row: row[task.candidates_column],
+        distinct=True,
+    )
+
+
+def answer_spec(task: CustomTask, columns: dict) -> Spec:
+    """Return the `Spec` of generation: a column with the answer, or a list of right answers."""
+    return Spec(
+        {**columns, task.answer_column: right_answers},
+        templates.custom_template(task.template, templates.answer_line),
+        correct=lambda row: right_answers(row[task.answer_column]),
         kind=GENERATION,
     )
 
 
-def readable(cell) -> None:
-    """A cell that can stand in a prompt: a text or a number."""
+# ---- checks of a cell ----
+
+
+def check_index(cell) -> None:
+    """Raise ValueError where a cell is not the index of a candidate."""
+    if isinstance(cell, bool) or not isinstance(cell, int) or cell < 0:
+        raise ValueError(f"is {cell!r}, but it must be the index of a candidate, from 0")
+
+
+def right_answers(cell) -> list[str]:
+    """Return the right answers of a cell; raises ValueError where the cell holds none."""
+    answers = [cell] if isinstance(cell, str) else cell
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"is {cell!r}, but it must be an answer or a list of right answers")
+    return answers
+
+
+def check_prompt_cell(cell) -> None:
+    """Raise ValueError where a cell can't stand in a prompt, as texts and numbers can."""
     if not isinstance(cell, str | int | float):
         raise ValueError(f"is {cell!r}, but a prompt takes texts and numbers")
 
 
-def conversation(cell) -> None:
-    """A list of {"role", "content"} with an assistant's turn in it."""
+def check_chat(cell) -> None:
+    """Raise ValueError where a cell is not a list of {"role", "content"} with an assistant's turn in it."""
     if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
         raise ValueError("is not a list of turns")
     for turn in cell:
@@ -225,10 +297,16 @@ def conversation(cell) -> None:
 
 
 class Samples(Sequence):
-    """The samples of one split in file order; each is built when it is looked at."""
+    """The samples of one split in file order; a sample is built when it is read.
+
+    Args:
+        rows: the rows, a list or a `datasets.Dataset`.
+        build: (index, row) -> sample.
+    """
 
     def __init__(self, rows, build: Callable[[int, dict], Sample]):
-        self.rows, self.build = rows, build
+        self.rows = rows
+        self.build = build
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -238,71 +316,122 @@ class Samples(Sequence):
 
 
 class Dataset:
-    """The rows of a task as samples. `fingerprint` tells two sets of rows apart; `kind` is a key of METRICS."""
+    """The rows of a task as samples.
+
+    Attributes:
+        samples: {"train" | "validation": sequence of samples, in file order}.
+        fingerprint: of the rows; two sets of rows have different ones.
+        kind: the kind of the task, a key of METRICS.
+        generation: whether answers are generated.
+        metric_name: the metric by which the best checkpoint is chosen.
+
+    Args:
+        name: a name in TASKS, or "own".
+        data_dir: the folder that rows are read from; None for the hub.
+        custom: the flags of a task of the user's own.
+        metric: the metric that is chosen, None for the default of the kind.
+
+    Raises:
+        UsageError: rows can't be read or do not fit the task, or the task has no such metric.
+    """
 
     train_sep = "\n\n"
 
-    def __init__(self, name: str, data_dir=None, own: CustomTask | None = None, metric: str | None = None):
-        self.name, splits = name, {}
-        if data_dir is None and own is None:
+    def __init__(
+        self, name: str, data_dir=None, custom: CustomTask | None = None, metric: str | None = None
+    ):  # fmt: skip
+        self.name = name
+        if data_dir is not None:
+            folder = Path(data_dir) if custom else Path(data_dir) / name
+            self.spec, rows, digests = read_folder(folder, None if custom else TASKS[name], custom)
+        elif custom is None:
             self.spec = TASKS[name]
-            splits = {split: self._hub(split) for split in SPLITS}
-        elif data_dir is None:
-            raise UsageError("--task_name own needs --data_dir DIR with DIR/train.jsonl and DIR/validation.jsonl")
+            rows, digests = load_from_hub(name, self.spec)
         else:
-            folder = Path(data_dir) if own else Path(data_dir) / name
-            self.spec = None if own else TASKS[name]
-            for split in SPLITS:
-                numbered, digest = read_jsonl(folder / f"{split}.jsonl")
-                self.spec = self.spec or custom_spec(own, numbered[0][1])
-                for number, row in numbered:
-                    check_row(f"{folder / split}.jsonl, row {number}", row, self.spec)
-                splits[split] = [row for _, row in numbered], digest
-        self.samples = {split: Samples(rows, self._sample) for split, (rows, _) in splits.items()}
-        self.fingerprint = hashlib.sha256("".join(digest for _, digest in splits.values()).encode()).hexdigest()[:16]
-        self.kind, self.generation = self.spec.kind, self.spec.kind == GENERATION
+            raise UsageError(
+                "--task_name own needs --data_dir DIR with DIR/train.jsonl and DIR/validation.jsonl"
+            )  # fmt: skip
+        self.samples = {split: Samples(rows[split], self._build_sample) for split in SPLITS}
+        self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        self.kind = self.spec.kind
+        self.generation = self.kind == GENERATION
         self.metric_name = metric or METRICS[self.kind][0]
         if self.metric_name not in METRICS[self.kind]:
             raise UsageError(f"--metric {metric}: task {name} has {', '.join(METRICS[self.kind])}")
 
-    def _hub(self, split: str):
-        if self.spec.hub is None:
-            raise UsageError(f"task {self.name} is not on the hub: run 'make starter', then give --data_dir starter")
-        import datasets
-
-        path, configuration = self.spec.hub
-        try:
-            rows = datasets.load_dataset(path, configuration, split=split)
-        except Exception as error:  # whatever the network, the cache or the hub's client raise, the way out is the same
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(
-                f"could not load {path} from the Hugging Face hub ({reason}); give --data_dir DIR with "
-                f"DIR/{self.name}/train.jsonl and validation.jsonl, or run 'make starter' and take --task_name Reviews "
-                "--data_dir starter --model_name starter/smollm2-135m"
-            ) from error
-        missing = [column for column in self.spec.columns if column not in rows.column_names]
-        if missing:
-            raise UsageError(f"{path}, {split}: no column {missing[0]!r}; there are {', '.join(rows.column_names)}")
-        return rows, str(rows._fingerprint)
-
-    def _sample(self, index: int, row: dict) -> Sample:
+    def _build_sample(self, index: int, row: dict) -> Sample:
         return Sample(index, row, self.spec.correct(row), self.spec.candidates(row))
 
     def get_template(self) -> templates.Template | None:
+        """Return the template of the prompts, None where the rows are the text themselves."""
         return self.spec.template
 
     def sample_subset(self, data_split: str = "train", seed: int = 0, num: int = 100) -> list[Sample]:
-        """`num` samples of a split by seed, in drawn order; all of them where `num` exceeds the split."""
+        """Return `num` samples of a split by seed, in drawn order; all where the split has no more."""
         samples = self.samples[data_split]
         return [samples[i] for i in np.random.RandomState(seed).permutation(len(samples))[:num]]
 
 
+def load_from_hub(name: str, spec: Spec) -> tuple[dict, list[str]]:
+    """Return ({split: rows}, fingerprint of each split) of a task on the Hugging Face hub.
+
+    Raises:
+        UsageError: the task is not there, the hub can't be reached, or a column is missing.
+    """
+    if spec.hub is None:
+        raise UsageError(f"task {name} is not on the hub: run 'make starter', then give --data_dir starter")
+    import datasets
+
+    path, configuration = spec.hub
+    splits = {}
+    for split in SPLITS:
+        try:
+            splits[split] = datasets.load_dataset(path, configuration, split=split)
+        except Exception as error:  # network, cache and client raise many kinds: the advice is the same
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UsageError(
+                f"could not load {path} from the Hugging Face hub ({reason}); give --data_dir DIR with "
+                f"DIR/{name}/train.jsonl and validation.jsonl, or run 'make starter' and take "
+                "--task_name Reviews --data_dir starter --model_name starter/smollm2-135m"
+            ) from error
+        columns = splits[split].column_names
+        absent = [column for column in spec.columns if column not in columns]
+        if absent:
+            raise UsageError(f"{path}, {split}: no column {absent[0]!r}; there are {', '.join(columns)}")
+    return splits, [str(rows._fingerprint) for rows in splits.values()]
+
+
+def read_folder(
+    folder: Path, spec: Spec | None, custom: CustomTask | None
+) -> tuple[Spec, dict[str, list[dict]], list[str]]:
+    """Return (spec, {split: rows}, sha256 of each file) of a folder of JSON Lines files, all rows checked.
+
+    Args:
+        folder: holds train.jsonl and validation.jsonl.
+        spec: of the task; None for a task of the user's own, whose spec depends on the first row.
+        custom: the flags of a task of the user's own.
+    """
+    splits = {}
+    digests = []
+    for split in SPLITS:
+        numbered_rows, digest = read_jsonl(folder / f"{split}.jsonl")
+        spec = spec or custom_spec(custom, numbered_rows[0][1])
+        for number, row in numbered_rows:
+            check_row(f"{folder / split}.jsonl, row {number}", row, spec)
+        splits[split] = [row for _, row in numbered_rows]
+        digests.append(digest)
+    return spec, splits, digests
+
+
 def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], str]:
-    """([(line number, row)], sha256) of a JSON Lines file; raises UsageError that names the file, and the row where
-    there is one."""
+    """Return ([(line number, row)], sha256) of a JSON Lines file.
+
+    Raises:
+        UsageError: names the file, and the row where there is one.
+    """
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"{path}: {reason}; wanted are {path.parent}/{{train,validation}}.jsonl") from error
@@ -316,18 +445,20 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, row {number}: not JSON ({error})") from error
-        if "\\ud" in line and not writable(row):
-            raise UsageError(f"{path}, row {number}: half of a surrogate pair, such as \\ud83d alone, is no text")
+        if "\\ud" in line and not is_valid_unicode(row):
+            half = "half of a surrogate pair, such as \\ud83d alone"
+            raise UsageError(f"{path}, row {number}: {half}, is no text")
         if not isinstance(row, dict):
-            raise UsageError(f"{path}, row {number}: a row is an object with columns, not {type(row).__name__}")
+            kind = type(row).__name__
+            raise UsageError(f"{path}, row {number}: a row is an object with columns, not {kind}")
         rows.append((number, row))
     if not rows:
         raise UsageError(f"{path}: no rows")
-    return rows, hashlib.sha256(raw).hexdigest()
+    return rows, hashlib.sha256(content).hexdigest()
 
 
-def writable(row) -> bool:
-    """Whether all texts of a row can be written as UTF-8: half of an emoji can't."""
+def is_valid_unicode(row) -> bool:
+    """Return whether all texts of a row can be written as UTF-8: half of an emoji can't."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -336,7 +467,13 @@ def writable(row) -> bool:
 
 
 def check_row(where: str, row: dict, spec: Spec) -> None:
-    """Raise UsageError that names the row and the column where a row is not what the task needs."""
+    """Raise UsageError where a row is not what the task needs.
+
+    Args:
+        where: file and row, for the message.
+        row: the cells by column.
+        spec: of the task.
+    """
     for column, kind in spec.columns.items():
         if column not in row:
             raise UsageError(f"{where}: no column {column!r}; there are {', '.join(row)}")
@@ -345,20 +482,32 @@ def check_row(where: str, row: dict, spec: Spec) -> None:
         except ValueError as error:
             raise UsageError(f"{where}: {column} {error}") from error
     if spec.kind == OPTIONS:
-        candidates = spec.candidates(row)
-        twice = next((c for c in candidates if candidates.count(c) > 1), None) if spec.distinct else None
-        if twice is not None:
-            raise UsageError(f"{where}: the candidate {twice!r} stands there twice")
-        try:
-            correct = spec.correct(row)
-        except IndexError as error:
-            raise UsageError(f"{where}: the index of the answer is beyond the {len(candidates)} candidates") from error
-        if not any(answer in candidates for answer in (correct if isinstance(correct, list) else [correct])):
-            raise UsageError(f"{where}: the right answer {correct!r} is not among the candidates")
+        check_candidates(where, row, spec)
+
+
+def check_candidates(where: str, row: dict, spec: Spec) -> None:
+    """Raise UsageError where the right answer is no candidate, or a candidate is repeated but must not be."""
+    candidates = spec.candidates(row)
+    if spec.distinct:
+        for candidate in candidates:
+            if candidates.count(candidate) > 1:
+                raise UsageError(f"{where}: the candidate {candidate!r} stands there twice")
+    try:
+        correct = spec.correct(row)
+    except IndexError as error:
+        message = f"{where}: the index of the answer is beyond the {len(candidates)} candidates"
+        raise UsageError(message) from error
+    if not any(answer in candidates for answer in (correct if isinstance(correct, list) else [correct])):
+        raise UsageError(f"{where}: the right answer {correct!r} is not among the candidates")
 
 
 def check_cell(value, kind) -> None:
-    """Raise ValueError where a cell is not of its kind (see `Spec.columns`)."""
+    """Raise ValueError where a cell is not of its kind.
+
+    Args:
+        value: the cell.
+        kind: a value of `Spec.columns`.
+    """
     if isinstance(kind, tuple):
         if type(value) is not type(kind[0]) or value not in kind:
             raise ValueError(f"is {value!r}, but it must be one of {', '.join(map(str, kind))}")
@@ -380,8 +529,14 @@ def check_cell(value, kind) -> None:
         raise ValueError("is empty")
 
 
-def get_task(name: str, data_dir=None, own: CustomTask | None = None, metric: str | None = None) -> Dataset:
-    """The task of that name, or one of the user's own (name "own"); raises UsageError for an unknown one."""
+def get_task(
+    name: str, data_dir=None, custom: CustomTask | None = None, metric: str | None = None
+) -> Dataset:  # fmt: skip
+    """Return the task of a name in TASKS, or the user's own (name "own").
+
+    Raises:
+        UsageError: there is no such task, or its rows do not fit.
+    """
     if name != "own" and name not in TASKS:
         raise UsageError(f"unknown task {name!r}; there are {', '.join(TASKS)}, and own")
-    return Dataset(name, data_dir, (own or CustomTask()) if name == "own" else None, metric)
+    return Dataset(name, data_dir, (custom or CustomTask()) if name == "own" else None, metric)
