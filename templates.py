@@ -1,7 +1,8 @@
 """Prompts and label words: how an example reads as text.
 
-A template turns the columns of one row into `prompt + candidate`; prompts and label words are those of the MeZO code
-(arXiv 2305.17333, Table 14), or come from the command line. Only text here: no token ids, no models.
+A template turns the columns of one row into `prompt + candidate`. Prompts and label words are those of the
+MeZO code (arXiv 2305.17333, Table 14), or come from the command line. This module knows text alone, no token
+ids and no model.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,13 @@ from string import Formatter
 
 @dataclass(frozen=True)
 class Template:
-    """`prompt(data)` is the text before a candidate, `ending(data, candidate)` what a candidate adds to it.
+    """The texts of an example; `data` are its columns.
 
-    `calibration(data)` is the prompt without its input, for the calibrated score (surface form competition,
-    arXiv 2104.08315).
+    Attributes:
+        prompt: data -> the text before a candidate.
+        ending: (data, candidate) -> the text that a candidate adds to the prompt.
+        calibration: data -> the prompt without its input, for the calibrated score (surface form competition,
+            arXiv 2104.08315).
     """
 
     prompt: Callable[[dict], str]
@@ -22,34 +26,39 @@ class Template:
     calibration: Callable[[dict], str] = lambda data: ""
 
     def encode(self, sample) -> str:
+        """Return the prompt of a sample."""
         return self.prompt(sample.data)
 
     def verbalize(self, sample, candidate) -> str:
+        """Return the prompt of a sample with a candidate behind it."""
         return self.prompt(sample.data) + self.ending(sample.data, candidate)
 
     def encode_sfc(self, sample) -> str:
+        """Return the prompt of a sample without its input."""
         return self.calibration(sample.data)
 
     def verbalize_sfc(self, sample, candidate) -> str:
+        """Return the prompt of a sample without its input, with a candidate behind it."""
         return self.calibration(sample.data) + self.ending(sample.data, candidate)
 
 
 def label_words(words: dict, sep: str = "") -> Callable[[dict, object], str]:
-    """The ending of a classification task: `sep` and the label word of the candidate."""
+    """Return the ending of a classification task: `sep` and the label word of the candidate."""
     return lambda data, candidate: sep + words[candidate]
 
 
 def first_answer(candidate):
-    """The candidate, or the first of several right ones."""
+    """Return the candidate, or the first of a list of right ones."""
     return candidate[0] if isinstance(candidate, list) else candidate
 
 
 def answer_line(data, candidate) -> str:
-    """The ending of a generation task: an answer, and the line is over."""
+    """Return the ending of a generation task: an answer and the end of the line."""
     return f" {first_answer(candidate)}\n"
 
 
-NO_YES, YES_NO = label_words({0: "No", 1: "Yes"}), label_words({0: "Yes", 1: "No"})
+NO_YES = label_words({0: "No", 1: "Yes"})
+YES_NO = label_words({0: "Yes", 1: "No"})
 
 sentiment = Template(
     lambda data: f"{data['sentence'].strip()} It was",
@@ -88,6 +97,7 @@ multirc = Template(
 
 
 def boolq_prompt(data) -> str:
+    """Return the passage and the question, capitalised, with one question mark."""
     question = data["question"] if data["question"].endswith("?") else data["question"] + "?"
     return f"{data['passage']} {question[0].upper()}{question[1:]}\n"
 
@@ -95,18 +105,21 @@ def boolq_prompt(data) -> str:
 boolq = Template(boolq_prompt, lambda data, candidate: candidate)
 
 
-def conjunction(data) -> str:
+def copa_conjunction(data) -> str:
+    """Return the word between a premise and its effect or cause."""
     return "so" if data["question"] == "effect" else "because"
 
 
-def choice(data, candidate) -> str:
-    """A choice in the middle of a sentence: its first word in small letters, unless that is "I"."""
+def copa_choice(data, candidate) -> str:
+    """Return a choice in the middle of a sentence: its first word in small letters, unless that is "I"."""
     word, space, rest = candidate.partition(" ")
     return " " + (word if word == "I" else word.lower()) + space + rest
 
 
 copa = Template(
-    lambda data: f"{data['premise'].rstrip().removesuffix('.')} {conjunction(data)}", choice, calibration=conjunction
+    lambda data: f"{data['premise'].rstrip().removesuffix('.')} {copa_conjunction(data)}",
+    copa_choice,
+    calibration=copa_conjunction,
 )
 record = Template(
     lambda data: data["passage"].replace("@highlight\n", "- ") + "\n-",
@@ -114,32 +127,51 @@ record = Template(
     calibration=lambda data: "-",
 )
 squad = Template(
-    lambda data: f"Title: {data['title']}\nContext: {data['context']}\nQuestion: {data['question'].strip()}\nAnswer:",
+    lambda data: (
+        f"Title: {data['title']}\nContext: {data['context']}\n"
+        f"Question: {data['question'].strip()}\nAnswer:"
+    ),
+    answer_line,
+)  # fmt: skip
+drop = Template(
+    lambda data: f"Passage: {data['passage']}\nQuestion: {data['question'].strip()}\nAnswer:",
     answer_line,
 )
-drop = Template(lambda data: f"Passage: {data['passage']}\nQuestion: {data['question'].strip()}\nAnswer:", answer_line)
 
 
 def template_columns(text: str) -> list[str]:
-    """Names of the columns in a template of the command line; raises ValueError where a brace is not around one."""
+    """Return the names of the columns in a template of the command line.
+
+    Raises:
+        ValueError: a brace is open, or holds more than a name.
+    """
     parts = [part[1:] for part in Formatter().parse(text) if part[1] is not None]
-    if any(spec or conversion for _, spec, conversion in parts):
+    if any(format_spec or conversion for _, format_spec, conversion in parts):
         raise ValueError("braces hold the name of a column and nothing else")
     return [name for name, _, _ in parts]
 
 
 def custom_template(text: str, ending: Callable[[dict, object], str]) -> Template:
-    """A template of the command line: `{column}` stands for a cell, `\\n` for a newline.
+    """Return the template of a text of the command line.
 
-    The candidate follows after a space, or at once where the template ends in white space. Calibrated, the prompt is
-    what stands behind the last cell.
+    The candidate follows after a space, or at once where the text ends in white space. The prompt without its
+    input is the text behind the last cell.
+
+    Args:
+        text: `{column}` stands for a cell, `\\n` for a newline, `\\t` for a tab.
+        ending: (data, candidate) -> the text that a candidate adds.
     """
     text = text.replace("\\n", "\n").replace("\\t", "\t")
     sep = "" if text[-1:].isspace() else " "
     parts = [(literal, name) for literal, name, _, _ in Formatter().parse(text)]
     calibration = parts[-1][0] if parts[-1][1] is None else ""
+
+    def prompt(data) -> str:
+        cells = ["" if name is None else str(data[name]).strip() for _, name in parts]
+        return "".join(literal + cell for (literal, _), cell in zip(parts, cells, strict=True))
+
     return Template(
-        lambda data: "".join(literal + ("" if name is None else str(data[name]).strip()) for literal, name in parts),
+        prompt,
         lambda data, candidate: sep + ending(data, candidate).lstrip(),
         calibration=lambda data: calibration,
     )

@@ -69,7 +69,7 @@ REMOVED = dict.fromkeys(
 
 
 class FlagFormatter(argparse.HelpFormatter):
-    """Writes a flag as one name and a short word for its value, and its default where that says something."""
+    """Writes a flag as one name and a short word for its value, with its default where there is one."""
 
     def __init__(self, prog: str, **kwargs):
         width = min(shutil.get_terminal_size().columns, 110)
@@ -88,8 +88,8 @@ class FlagFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action) -> str:
         text = action.help or ""
-        says_nothing = action.default in (None, False, "") or action.dest in ("help", "config")
-        if says_nothing or "default" in text:
+        has_no_default = action.default in (None, False, "") or action.dest in ("help", "config")
+        if has_no_default or "default" in text:
             return text
         return f"{text} (default: {action.default})".replace("\n", "\\n")
 
@@ -136,22 +136,30 @@ class FlagParser(HfArgumentParser):
         if field.name == "optim":
             action.choices = OPTIMIZERS
         if field.type == bool | None:  # the base class makes `--disable_tqdm` alone an error
-            action.nargs, action.const = "?", True
+            action.nargs = "?"
+            action.const = True
         self.groups[title].append(action)
 
     def help_text(self, full: bool) -> str:
         """Return the help: the common flags, or with `full` all of them."""
         flags = {action.dest: action for actions in self.groups.values() for action in actions}
-        shown = self.groups if full else {title: [flags[name] for name in names] for title, names in COMMON.items()}
-        program = [self._option_string_actions[name] for name in ("--help", "--config")]
+        sections = {"program": [self._option_string_actions[name] for name in ("--help", "--config")]}
+        if full:
+            sections |= self.groups
+        else:
+            sections |= {title: [flags[name] for name in names] for title, names in COMMON.items()}
         formatter = self._get_formatter()
-        formatter.add_text("python run.py [flags]: fine-tune and evaluate language models with forward passes only")
-        for title, actions in {"program": program, **shown}.items():
+        formatter.add_text(
+            "python run.py [flags]: fine-tune and evaluate language models with forward passes only"
+        )  # fmt: skip
+        for title, actions in sections.items():
             formatter.start_section(title)
             formatter.add_arguments(actions)
             formatter.end_section()
         if not full:
-            formatter.add_text("--help all shows every flag. Recipes and troubleshooting: XGBLORA_QUICKSTART.md")
+            formatter.add_text(
+                "--help all shows every flag. Recipes and troubleshooting: XGBLORA_QUICKSTART.md"
+            )  # fmt: skip
         return formatter.format_help()
 
     @property
@@ -167,7 +175,7 @@ class FlagParser(HfArgumentParser):
 
 
 class TextLoader(yaml.SafeLoader):
-    """Reads every word of a file as text, null alone as None; what a word means, the flag's type says.
+    """Reads every word of a file as text, and null as None; the type of the flag decides what a word means.
 
     YAML's own types would make False of `eval_strategy: no` and text of `learning_rate: 1e-5`.
     """
@@ -224,21 +232,21 @@ def as_word(name: str, value) -> str:
     return str(value)
 
 
-def refuse_unknown(parser: FlagParser, name: str, shown: str) -> None:
-    """Raise UsageError for a flag that is not there, with what to use in its place or the nearest one.
+def refuse_unknown(parser: FlagParser, name: str, word: str) -> None:
+    """Raise UsageError for an unknown flag, with the flag or command in its place, or the nearest flag.
 
     Args:
-        name: the flag without dashes in front, words joined by "_".
-        shown: the flag as it was written.
+        name: the flag without dashes in front, its parts joined by "_".
+        word: the flag as it was written.
     """
     for candidate in (name, name.removeprefix("no_")):
         if candidate in REMOVED:
             raise UsageError(f"--{candidate} was removed: {REMOVED[candidate]}")
         if candidate in REFUSED:
             raise UsageError(f"--{candidate} is not supported: {REFUSED[candidate]}")
-    near = difflib.get_close_matches(name, parser.names, 1)
-    dashes = "--" if shown.startswith("-") else ""
-    raise UsageError(f"unknown flag {shown}" + (f"; did you mean {dashes}{near[0]}?" if near else ""))
+    matches = difflib.get_close_matches(name, parser.names, 1)
+    dashes = "--" if word.startswith("-") else ""
+    raise UsageError(f"unknown flag {word}" + (f"; did you mean {dashes}{matches[0]}?" if matches else ""))
 
 
 def read_config(parser: FlagParser, path: str) -> list[str]:
@@ -275,7 +283,7 @@ def read_config(parser: FlagParser, path: str) -> list[str]:
 
 
 def take_recipe(parser: FlagParser, words: list[str]) -> None:
-    """Make the values of a `--recipe` the defaults of their flags: a flag that is given counts more."""
+    """Make the values of a `--recipe` the defaults of their flags: a flag on the command line wins."""
     recipe = RECIPES.get(parser.parse_known_args(words)[0].recipe, {})
     parser.set_defaults(**recipe)
     chosen = parser.parse_known_args(words)[0]
@@ -300,8 +308,8 @@ def parse(argv: list[str] | None = None) -> OurArguments:
         take_recipe(parser, words)
         values, unknown = parser.parse_known_args(words)
         if unknown:
-            shown = unknown[0].split("=")[0]
-            refuse_unknown(parser, shown.lstrip("-").replace("-", "_"), shown)
+            word = unknown[0].split("=")[0]
+            refuse_unknown(parser, word.lstrip("-").replace("-", "_"), word)
         names = {field.name for field in dataclasses.fields(OurArguments)}
         return OurArguments(**{name: value for name, value in vars(values).items() if name in names})
     except UsageError:

@@ -34,7 +34,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "optim_args": ("back-propagation", "of --optim sgd, adagrad and rmsprop: momentum=0.9,nesterov=true"),
     "adam_beta1": ("back-propagation", "decay of AdamW's mean of gradients"),
     "adam_beta2": ("back-propagation", "decay of AdamW's mean of squared gradients"),
-    "adam_epsilon": ("back-propagation", "what AdamW adds to the root of the latter"),
+    "adam_epsilon": ("back-propagation", "number that AdamW adds to the root of that mean"),
     "gradient_checkpointing": ("back-propagation", "compute activations twice instead of storing them"),
     "fsdp": (
         "back-propagation",
@@ -52,7 +52,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     ),
     "metric_for_best_model": (
         "evaluation and checkpoints",
-        "what the best one is chosen by (default: the task's)",
+        "metric that chooses the best checkpoint (default: the task's)",
     ),
     "logging_strategy": ("log", "write a line of loss and learning rate: no, steps or epoch"),
     "logging_steps": ("log", "write one every n steps; below 1: a share of the run"),
@@ -60,7 +60,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "log_level": ("log", "of the library's messages: debug, info, warning, error (passive: as it is)"),
     "disable_tqdm": ("log", "no progress bars"),
     "report_to": ("log", "also send the log to tensorboard, wandb, …, where its package is installed"),
-    "run_name": ("log", "name of the run there"),
+    "run_name": ("log", "name of the run in `--report_to`"),
     "bf16": (
         "machine",
         "autocast to bfloat16 beside float32 weights (weights in half the memory: --load_bfloat16)",

