@@ -121,7 +121,7 @@ def test_flags_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_names_of_the_code_exist(path):
-    """Of words in backticks that look like names: with an underscore, in CamelCase, or called."""
+    """Of words in backticks that look like names: with an underscore, in CamelCase, in capitals, or called."""
     if path == CHANGELOG or path.parent.name == "data":
         return
     text = re.sub(r"^```.*?^```", "", text_of(path), flags=re.S | re.M)
@@ -129,7 +129,7 @@ def test_names_of_the_code_exist(path):
     for code in re.findall(r"`([^`\n]+)`", text):
         if re.search(r"[\s/<>{}=…$-]", code.replace("(…)", "")):
             continue  # commands, paths, formulas
-        for name in re.findall(r"\b(?:[A-Za-z]\w*_\w+\b(?!\.py)|[A-Z][a-z]+[A-Z]\w*|\w+(?=\(\)))", code):
+        for name in re.findall(r"\b(?:[A-Za-z]\w*_\w+\b(?!\.py)|[A-Z][a-z]+[A-Z]\w*|[A-Z]{5,}\b|\w+(?=\())", code):
             assert name in words or name in FOREIGN_NAMES, name
 
 
