@@ -30,12 +30,7 @@ FORBIDDEN = {
 ENGINE = {"torch", "numpy", "safetensors", "triton", "zo"} | sys.stdlib_module_names
 LINES_OF_CLASS, LINES_OF_FUNCTION = 200, 60
 # Longer than that today; shrinks to nothing. Never add to it.
-TOO_LONG = {
-    "framework:Framework",
-    "tasks:custom_spec",
-    "trainer:OurTrainer",
-    "training.resumable_trainer:ResumableTrainer",
-}
+TOO_LONG = {"tasks:custom_spec"}
 MODULES_OF_FOLDER = {"zo": 12}  # 8 where none is said: more than that today
 
 

@@ -13,6 +13,7 @@ their imports.
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,10 +90,14 @@ def attempt(argv: list[str], folder: Path, plan: tuple[str, float] | None = None
             log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the fork ends
             if plan and plan[0] in INSIDE:
                 owner, name, _ = INSIDE[plan[0]]
                 die_at(owner, name, int(plan[1]))
+            logging.root.handlers.clear()  # of the process before the fork
             status = run.main(argv)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     if plan and plan[0] == "moment":
