@@ -105,8 +105,7 @@ class LoRALinear(nn.Module):
 
 
 class AdapterLayers:
-    """`LoRALinear` layers that stand in the place of a model's own layers; everything else in the model is
-    frozen.
+    """`LoRALinear` layers in the place of a model's own layers; everything else in the model is frozen.
 
     Args:
         model: a causal language model of the transformers library; it is changed in place.

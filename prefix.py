@@ -1,5 +1,4 @@
-"""Prefix tuning (arXiv 2101.00190): trained keys and values in front of each layer's own, which every token
-sees.
+"""Prefix tuning (arXiv 2101.00190): every token sees trained keys and values in front of a layer's own.
 
 The prefix goes into the model as a pre-filled key-value cache, as in PEFT, in training, scoring and
 generation: the attention mask is widened, and the positions of the prompt begin behind the prefix. No
@@ -26,8 +25,7 @@ REPARAM_WIDTH = 512  # of the embedding and of the hidden layer of the reparamet
 
 
 class SharedCacheLayer(DynamicLayer):
-    """Keys and values of one layer that every row of a batch sees before its own; they are read and never
-    grow.
+    """Keys and values of one layer that every row of a batch sees before its own; they never grow.
 
     Args:
         keys: [n, heads, tokens, head_dim]. With n > 1 the rows are n copies of a batch, one copy behind the
@@ -54,8 +52,9 @@ def _prepend(shared: Tensor, states: Tensor) -> Tensor:
 
 
 class PrefixTuning(nn.Module):
-    """A trained prefix of keys and values for each layer, fp32, put into `model.prefix_tuning`; all else is
-    frozen.
+    """A trained prefix of keys and values for each layer, fp32; everything else in the model is frozen.
+
+    It is found again as `model.prefix_tuning`, see `trained_prefix`.
 
     Args:
         model: a causal language model of the transformers library.

@@ -165,8 +165,7 @@ class BoosterChain:
         self.replace(self.boosters[:k], self.lengths[:k])
 
     def staged(self, every: int = 1) -> Iterator[int]:
-        """Yield 0, every, 2 · every, … and the length of the chain, while the model has only so many
-        boosters.
+        """Yield 0, every, 2 · every, … and the chain's length; the model then has only so many boosters.
 
         The generator has to be run to its end, which leaves the whole chain.
         """

@@ -1,5 +1,4 @@
-"""Adapters on the disk: PEFT's two files, and beside them the chain of boosters that these were computed
-from.
+"""Adapters on the disk: PEFT's two files, and the chain of boosters that these were computed from.
 
 `adapter_config.json` and `adapter_model.safetensors` hold one LoRA for each layer: the factors of all rounds
 side by side, the scaling multiplied into B. `boosters.safetensors` holds the factors of each round as they
