@@ -29,8 +29,6 @@ FORBIDDEN = {
 }
 ENGINE = {"torch", "numpy", "safetensors", "triton", "zo"} | sys.stdlib_module_names
 LINES_OF_CLASS, LINES_OF_FUNCTION = 200, 60
-# Longer than that today; shrinks to nothing. Never add to it.
-TOO_LONG = {"tasks:custom_spec"}
 MODULES_OF_FOLDER = {"zo": 12}  # 8 where none is said: more than that today
 
 
@@ -187,5 +185,4 @@ def test_classes_and_functions_are_short():
     classes, functions = lines_of(ast.ClassDef), lines_of((ast.FunctionDef, ast.AsyncFunctionDef))
     long = {name for name, lines in classes.items() if lines > LINES_OF_CLASS}
     long |= {name for name, lines in functions.items() if lines > LINES_OF_FUNCTION}
-    assert long - TOO_LONG == set()
-    assert TOO_LONG - long == set(), "short enough by now: take them off the list"
+    assert long == set()
