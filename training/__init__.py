@@ -1,0 +1,1 @@
+"""Training runs that can go on: checkpoints, the trainer around the step, rounds of boosting, replay."""
