@@ -105,6 +105,16 @@ def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):
     assert "is not a trajectory" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_run_that_only_an_earlier_version_could_take_is_refused(go, capsys):
+    go(BOOST)
+    file = Trajectory.load(trajectory())
+    for steps, status in ((0, 0), (2, 2)):
+        file.about["settings"]["xgblora_a_warmup"] = steps
+        file.save("earlier.safetensors")
+        go(f"{BOOST} --replay earlier.safetensors --output_dir again", status=status, result=False)
+    assert "--xgblora_a_warmup" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("flags", ["--lora", ""])
 def test_batched_or_not_a_run_ends_alike(go, flags):
     found = []

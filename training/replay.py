@@ -4,6 +4,7 @@ import itertools
 
 from boosters.rounds import merge_round
 from lora import LoRA
+from utils import UsageError
 from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 
@@ -23,8 +24,13 @@ def replay(
         lora: the adapters that the run trained; None where it trained no adapters.
         steps: how many steps; None rebuilds the run's result: its best checkpoint where the run kept the
             best, merged and cut to the boosters that the run kept.
+
+    Raises:
+        UsageError: an earlier version of the program took steps in a way that is gone.
     """
     about = trajectory.about
+    if about["settings"].get("xgblora_a_warmup"):
+        raise UsageError("--replay: this run had --xgblora_a_warmup, which earlier versions alone know")
     last_step = about["steps"] if steps is None else steps
     step_lengths = dict(about["rounds"])
     stops = sorted({0, last_step} | {step for step in step_lengths if step <= last_step})
