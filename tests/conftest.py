@@ -9,6 +9,7 @@ import support  # noqa: F401 - sets the environment, before torch is imported
 import torch
 from support.data import TRAIN, write_rows
 from support.models import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import set_seed
 
 import run
 from trainer import OurTrainer
@@ -35,6 +36,12 @@ def freeze_imported_objects():
     """Take what the libraries hold out of garbage collection: each run collects twice, 0.4 s a time with them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seed_generators():
+    """Give every test the same random numbers, whichever tests ran before it in the same process."""
+    set_seed(0)
 
 
 @pytest.fixture(scope="session")
