@@ -23,7 +23,7 @@ from training.boosting_trainer import BoostingTrainer
 from training.replay import replay
 from utils import UsageError
 from zo.diagnostics import diagnose, recommendations, rounding_drift
-from zo.method import Method
+from zo.methods import Method
 from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 

@@ -12,8 +12,7 @@ from boosters.targets import parse_layer_choice
 from cli import load_model
 from tasks import GENERATION, METRICS, OPTIONS, TEXT, CustomTask
 from utils import UsageError, load_from_file
-from zo.method import Method
-from zo.methods import METHODS
+from zo.methods import METHODS, Method
 
 MINIMUM = {  # flag -> the least value that it may have
     "num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "train_set_seed": 0, "seed": 0,

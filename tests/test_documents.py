@@ -94,7 +94,7 @@ def test_commands_start_files_that_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_files_that_are_named_exist(path):
-    """Of names with a folder, such as `zo/method.py`; the changelog names what has moved too."""
+    """Of names with a folder, such as `zo/methods.py`; the changelog names what has moved too."""
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not ignored_by_git(p.name)}
     names = re.findall(r"(?<![\w/.-])([\w-]+(?:/[\w-]+)+\.(?:py|sh|md|toml|txt|png))\b", text_of(path))
     for name in names:

@@ -29,7 +29,6 @@ FORBIDDEN = {
 }
 ENGINE = {"torch", "numpy", "safetensors", "triton", "zo"} | sys.stdlib_module_names
 LINES_OF_CLASS, LINES_OF_FUNCTION = 200, 60
-MODULES_OF_FOLDER = {"zo": 12}  # 8 where none is said: more than that today
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def test_few_modules_lie_in_one_folder():
     assert len(list(ROOT.glob("*.py"))) <= 12
     for folder in FOLDERS:
         modules = [path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
-        assert len(modules) <= MODULES_OF_FOLDER.get(folder, 8), folder
+        assert len(modules) <= 8, folder
 
 
 def test_imports_run_one_way():

@@ -14,8 +14,7 @@ from torch.func import functional_call
 
 import run
 from lora import LoRA
-from zo.method import Method
-from zo.methods import AR1ZO, FZOO, LOZO
+from zo.methods import AR1ZO, FZOO, LOZO, Method
 from zo.optimizer import ZerothOrder
 
 ROOT = Path(run.__file__).parent

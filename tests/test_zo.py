@@ -16,8 +16,7 @@ from lora import LoRA
 from scoring import logprobs, packing
 from utils import UsageError
 from zo import counter_rng
-from zo.method import Method
-from zo.methods import LOZO
+from zo.methods import LOZO, Method
 from zo.optimizer import NonFiniteLoss, StepCounts, ZerothOrder
 from zo.rng_kernels import DirectionSource
 from zo.trajectory import Trajectory

@@ -1,7 +1,6 @@
 """Zeroth-order training: fit any torch module with forward passes only (MeZO, arXiv 2305.17333)."""
 
-from zo.method import Method
-from zo.methods import AR1ZO, FZOO, LOZO, METHODS
+from zo.methods import AR1ZO, FZOO, LOZO, METHODS, Method
 from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import torch
 
-from zo.method import Method
+from zo.methods import Method
 from zo.optimizer import ZerothOrder
 
 FACTORS = (1.0, 1 / 4, 1 / 16)

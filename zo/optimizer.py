@@ -11,7 +11,7 @@ generated in chunks inside the forward (perturbed_weights.py), and there is no s
 an update changes nothing, in any dtype. z is a pure function of (seed, step, query, element): a resumed run
 draws what an uninterrupted one would have drawn. `ZerothOrder` is a `torch.optim.Optimizer`: learning rate
 schedulers, parameter groups and state_dict work as usual. A method of another paper is a subclass of `Method`
-(method.py).
+(methods.py).
 """
 
 import logging
@@ -23,17 +23,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from zo.gradient_scale import GradientScale
-from zo.method import Method
-from zo.param_block import ParamBlock
-from zo.perturbed_weights import CopiesUnsupported
+from zo.methods import Method, ParamBlock
+from zo.perturbed_weights import CopiesUnsupported, StepDirections
 from zo.rng_kernels import DirectionSource
-from zo.step_directions import StepDirections
 from zo.trained_weights import InPlaceWeights, MasterWeights
 from zo.trajectory import Trajectory, round_to_fp32
 
 logger = logging.getLogger(__name__)
 
+MEAN_SQUARE_DECAY = 0.98  # of the running mean square of the projected gradient
 MAX_NONFINITE_STEPS = 50  # steps in a row without a finite loss, before giving up
 
 
@@ -45,6 +43,38 @@ def trains_few(module: nn.Module) -> bool:
 
 class NonFiniteLoss(FloatingPointError):
     """The loss was NaN or infinite for `MAX_NONFINITE_STEPS` steps in a row."""
+
+
+class GradientScale:
+    """Clip projected gradients g, then divide them by the root of a running mean of g².
+
+    Args:
+        clip: bound on |g|, applied first; 0 is off.
+        normalize: whether to divide. The mean decays by 0.98 a g and is corrected for its start at 0.
+    """
+
+    def __init__(self, clip: float = 0.0, normalize: bool = False):
+        self.clip = clip
+        self.normalize = normalize
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the running mean."""
+        self.mean_square = 0.0
+        self.weight = 1.0  # MEAN_SQUARE_DECAY ** (number of g), for the bias correction
+
+    def scale(self, g: float) -> float:
+        """Return g after clip and normaliser, and take it into the running mean; NaN for a NaN or ∞."""
+        if not math.isfinite(g):
+            return math.nan
+        if self.clip:
+            g = max(-self.clip, min(self.clip, g))
+        if not self.normalize:
+            return g
+        self.mean_square = MEAN_SQUARE_DECAY * self.mean_square + (1 - MEAN_SQUARE_DECAY) * g * g
+        self.weight *= MEAN_SQUARE_DECAY
+        mean_square = self.mean_square / (1 - self.weight)
+        return g / math.sqrt(mean_square) if mean_square else 0.0
 
 
 @dataclass

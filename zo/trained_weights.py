@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from zo import counter_rng
-from zo.method import Method
-from zo.param_block import ParamBlock, to_single_precision
-from zo.perturbed_weights import CopiesUnsupported, PerturbedWeights
-from zo.step_directions import Point, StepDirections, kernel_serves
+from zo.methods import Method, ParamBlock, to_single_precision
+from zo.perturbed_weights import CopiesUnsupported, PerturbedWeights, Point, StepDirections, kernel_serves
 from zo.trajectory import round_to_fp32
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import nn
 
-from zo import ZerothOrder, counter_rng, rng_kernels, step_directions
+from zo import ZerothOrder, counter_rng, perturbed_weights, rng_kernels
 
 NO_TRITON = "no Triton here: it comes with torch's CUDA builds"
 INTERPRETED = "TRITON_INTERPRET" in os.environ
@@ -73,7 +73,7 @@ def compare_steps(queries: int) -> None:
     """Losses and weights after two steps with weight decay, with and without kernels."""
     results = []
     for available in (rng_kernels.kernels_available, lambda device: False):
-        step_directions.kernels_available = available
+        perturbed_weights.kernels_available = available
         torch.manual_seed(0)
         model = Small().to(DEVICE)
         ids = torch.arange(24).view(3, 8).to(DEVICE)
