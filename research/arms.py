@@ -54,7 +54,8 @@ class Arm:
     def line(self, seed: int) -> str:
         """Return the command that repeats a run; for BIAS its JSON must be removed first."""
         if self.flags == BIAS:
-            return f"python research/experiments.py run --tasks {self.task} --only '{self.name}' --seeds {seed}"
+            program = "python research/experiments.py run"
+            return f"{program} --tasks {self.task} --only '{self.name}' --seeds {seed}"
         return f"python run.py {self.command} --seed {seed}".replace("{seed}", str(seed))
 
     @property

@@ -1,16 +1,16 @@
-"""Which method wins, on a real model, with seeds: a grid of `run.py` runs, a small JSON each in research/runs/.
+"""Which method wins on a real model, with seeds: a grid of `run.py` runs, a JSON for each in research/runs/.
 
-    python research/experiments.py run [--groups base rounds …] [--only WORDS]   # what is not there yet
-    python research/experiments.py table               # the tables of research/EXPERIMENTS.md; why.py prints its own
-    python research/experiments.py plot                                          # every picture
-    python research/experiments.py list                                          # the runs to come, with their commands
+    python research/experiments.py run [--groups base rounds …] [--only WORDS]   # runs without a JSON
+    python research/experiments.py table    # the tables of research/EXPERIMENTS.md; why.py prints its own
+    python research/experiments.py plot     # every picture
+    python research/experiments.py list     # commands of the runs without a JSON
 
-SmolLM2-135M of the starter, 1,000 training rows, weights of the arm's dtype where `--dtype` says nothing else; a seed
-drives directions, A, order and training set. Settings are chosen on dev rows of Reviews: the last 500 of its training
-split, in the place of the validation rows in a folder of their own. Accuracy is that of the last step; beside it AUC
-and the accuracy at the best threshold, because a shift of the label bias alone gains much. One process a core with
-one thread each. Each JSON holds the command that repeats it; `run` makes the dev rows, and $DATA_DIR is a folder with
-SST2/{train,validation}.jsonl in the hub's columns.
+SmolLM2-135M of the starter, 1,000 training rows, weights of the arm's dtype unless `--dtype` names another
+one. A seed drives directions, A, order and training set. Settings are chosen on dev rows of Reviews: the last
+500 rows of its training split, in a folder of their own in the place of the validation rows. Accuracy is that
+of the last step. Beside it stand AUC and the accuracy at the best threshold, because a shift of the label
+bias alone gains much. A process uses one core and one thread. Each JSON holds the command that repeats its
+run. `run` makes the dev rows; $DATA_DIR is a folder with SST2/{train,validation}.jsonl in the hub's columns.
 """
 
 import argparse
@@ -49,7 +49,7 @@ T95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, 95 %, by the number o
 
 
 def make_dev() -> None:
-    """Reviews whose last training rows stand in the place of the validation rows."""
+    """Write a folder of Reviews in which the last training rows take the place of the validation rows."""
     lines = (ROOT / "starter" / "Reviews" / "train.jsonl").read_text().splitlines(keepends=True)
     folder = DEV / "Reviews"
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,35 +58,59 @@ def make_dev() -> None:
 
 
 def label_bias(arm: Arm, seed: int) -> None:
-    """A number a label, added to its score and fitted on the training rows: what a shift of the label bias alone gives.
+    """Fit a number for each label, added to its score, on the training rows, and write what that alone gives.
 
-    Only the difference counts; cross-entropy has its minimum where the mean probability of a label is its share.
+    Only the difference of the two numbers counts. Cross-entropy has its minimum where the mean probability of
+    a label is its share.
     """
-
-    started, words = time.perf_counter(), os.path.expandvars(arm.command.removesuffix(BIAS)).split()
+    started = time.perf_counter()
+    words = os.path.expandvars(arm.command.removesuffix(BIAS)).split()
     args = run.parse([*words, "--trainer", "none", "--seed", str(seed), "--disable_tqdm", "True"])
     task = run.get_task(args.task_name, args.data_dir)
-    made, margins, golds = run.Framework(args, task), [], []
-    made.load()
-    for samples in (task.sample_subset("train", seed, 1000), task.sample_subset("validation", 0, 10**9)):
-        margins.append([b - a for a, b in made.evaluator.score(made.eval_batch(samples), progress=False)])
-        golds.append([sample.correct_candidate for sample in samples])
-    low, high = -20.0, 20.0
+    framework = run.Framework(args, task)
+    framework.load()
+    train_margins, train_golds = margins_and_golds(framework, task.sample_subset("train", seed, 1000))
+    margins, golds = margins_and_golds(framework, task.sample_subset("validation", 0, 10**9))
+    bias = fit_bias(train_margins, fmean(train_golds))
+    shifted = [m + bias for m in margins]
+    losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted, golds, strict=True)]
+    write(
+        arm,
+        seed,
+        {
+            "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted, golds, strict=True)),
+            "loss": fmean(losses),
+            "auc": auc(shifted, golds),
+            "best_threshold": best_threshold_accuracy(shifted, golds),
+            "forward_passes": 0,
+            "seconds": round(time.perf_counter() - started, 1),
+            "boosters": 0,
+        },
+    )
+
+
+def margins_and_golds(framework: run.Framework, samples) -> tuple[list[float], list[int]]:
+    """Return the score of label 1 minus that of label 0 of each sample, and the right labels."""
+    scores = framework.evaluator.score(framework.eval_batch(samples), progress=False)
+    return [positive - negative for negative, positive in scores], [s.correct_candidate for s in samples]
+
+
+def fit_bias(margins: list[float], share: float) -> float:
+    """Return the number that, added to the margins, makes the mean probability of label 1 its share."""
+    low = -20.0
+    high = 20.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        above = fmean(1 / (1 + math.exp(-m - middle)) for m in margins[0]) > fmean(golds[0])
-        low, high = (low, middle) if above else (middle, high)
-    shifted = [m + low for m in margins[1]]
-    losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted, golds[1], strict=True)]
-    write(arm, seed, {
-        "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted, golds[1], strict=True)), "loss": fmean(losses),
-        "auc": auc(shifted, golds[1]), "best_threshold": best_threshold_accuracy(shifted, golds[1]),
-        "forward_passes": 0, "seconds": round(time.perf_counter() - started, 1), "boosters": 0,
-    })  # fmt: skip
+        if fmean(1 / (1 + math.exp(-m - middle)) for m in margins) > share:
+            high = middle
+        else:
+            low = middle
+    return low
 
 
-def write(arm: Arm, seed: int, found: dict) -> None:
-    about = {
+def write(arm: Arm, seed: int, measured: dict) -> None:
+    """Write the JSON of a run: the arm, the command that repeats it, and the measurements."""
+    description = {
         "arm": arm.name,
         "group": arm.group,
         "task": arm.task,
@@ -98,48 +122,64 @@ def write(arm: Arm, seed: int, found: dict) -> None:
     }
     path = arm.path(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "command": arm.line(seed), **found}, indent=1, ensure_ascii=False) + "\n")
+    content = {**description, "command": arm.line(seed), **measured}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def run_one(job: tuple[Arm, int]) -> None:
+    """Run an arm with a seed and write its JSON."""
     arm, seed = job
     if arm.flags == BIAS:
-        return label_bias(arm, seed)
+        label_bias(arm, seed)
+        return
     name = f"{arm.task}-{arm.path(seed).stem}"
-    result, predictions = WORK / f"{name}.json", WORK / f"{name}.jsonl"
+    result_file = WORK / f"{name}.json"
+    predictions_file = WORK / f"{name}.jsonl"
     command = arm.line(seed).removeprefix("python run.py ")
-    more = (
-        f"--result_file {result} --predictions {predictions} --output_dir {WORK / name} --overwrite --disable_tqdm True"
-    )
-    words = [*shlex.split(os.path.expandvars(command)), *shlex.split(more)]
+    command = os.path.expandvars(command)
+    outputs = f"--result_file {result_file} --predictions {predictions_file} --output_dir {WORK / name}"
+    words = [*shlex.split(command), *shlex.split(f"{outputs} --overwrite --disable_tqdm True")]
+    run_words = run_in_this_process if torch.cuda.is_available() else run_in_new_process
     with open(WORK / f"{name}.log", "w") as log:
-        if (inside(words, log) if torch.cuda.is_available() else beside(words, log)) != 0:
-            tqdm.write(f"failed: {name}, see {WORK / name}.log")
-            return None
-    found = json.loads(result.read_text())
-    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
-    margins, golds = [r["scores"][1] - r["scores"][0] for r in rows], [r["gold"] for r in rows]
-    one = found["sets"][0]
-    write(arm, seed, {
-        "accuracy": found["accuracy"], "loss": found["loss"], "auc": auc(margins, golds),
-        "best_threshold": best_threshold_accuracy(margins, golds), "forward_passes": found["forward_passes"],
-        "seconds": one["train_seconds"], "boosters": one.get("boosters", 0),
-        **({"staged": one["staged"]} if "staged" in one else {}),
-        **({} if torch.cuda.is_available() else {
-            "cpu_seconds": one["train_cpu_seconds"], "peak_memory_mb": found["peak_memory_mb"]
-        }),
-    })  # fmt: skip
+        status = run_words(words, log)
+    if status != 0:
+        tqdm.write(f"failed: {name}, see {WORK / name}.log")
+        return
+    result = json.loads(result_file.read_text())
+    rows = [json.loads(line) for line in predictions_file.read_text().splitlines()]
+    write(arm, seed, measurements(result, rows))
 
 
-def beside(words: list[str], log) -> int:
-    """The exit status of a run in a process of its own, whose peak memory is its own too."""
+def measurements(result: dict, rows: list[dict]) -> dict:
+    """Return the numbers of a result file and its predictions that the tables need."""
+    margins = [row["scores"][1] - row["scores"][0] for row in rows]
+    golds = [row["gold"] for row in rows]
+    train_set = result["sets"][0]
+    measured = {
+        "accuracy": result["accuracy"],
+        "loss": result["loss"],
+        "auc": auc(margins, golds),
+        "best_threshold": best_threshold_accuracy(margins, golds),
+        "forward_passes": result["forward_passes"],
+        "seconds": train_set["train_seconds"],
+        "boosters": train_set.get("boosters", 0),
+    }
+    if "staged" in train_set:
+        measured["staged"] = train_set["staged"]
+    if not torch.cuda.is_available():
+        measured["cpu_seconds"] = train_set["train_cpu_seconds"]
+        measured["peak_memory_mb"] = result["peak_memory_mb"]
+    return measured
+
+
+def run_in_new_process(words: list[str], log) -> int:
+    """Return the exit status of run.py in a process of its own, so that peak memory is that of the run."""
     words = [sys.executable, "run.py", *words]
     return subprocess.run(words, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
 
 
-def inside(words: list[str], log) -> int:
-    """The same in this process: on a GPU a run is over before a new process has imported what it needs."""
-
+def run_in_this_process(words: list[str], log) -> int:
+    """Return the exit status of a run here: on a GPU it is over before a new process has started."""
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             return run.main(words) or 0
@@ -153,7 +193,7 @@ def inside(words: list[str], log) -> int:
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """Return the mean difference over the seeds that both have, with its 95 % interval from `MIN_SEEDS` seeds on."""
+    """Return the mean difference over common seeds, with its 95 % interval from `MIN_SEEDS` seeds on."""
     seeds = sorted(ours.keys() & theirs.keys())
     differences = [ours[s] - theirs[s] for s in seeds]
     if len(seeds) < MIN_SEEDS:
@@ -163,38 +203,49 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 NUMBERS = ("accuracy", "auc", "best_threshold", "loss", "forward_passes")
-HEAD = "group", "arm", "seeds", "accuracy", "− base", "AUC", "best threshold", "loss", "passes × rows", "CPU s", "MB"
+HEAD = (
+    "group", "arm", "seeds", "accuracy", "− base", "AUC", "best threshold", "loss", "passes × rows", "CPU s",
+    "MB",
+)  # fmt: skip
 
 
 def finished(arms: list[Arm], task: str) -> list[tuple[Arm, dict[int, dict]]]:
-    """(arm, {seed: what its run found}) of a task, of arms that have runs."""
-    found = [(a, {s: json.loads(a.path(s).read_text()) for s in a.seeds if a.path(s).exists()}) for a in arms]
-    return [(arm, runs) for arm, runs in found if arm.task == task and runs]
+    """Return (arm, {seed: JSON of the run}) of those arms of a task that have runs."""
+    rows = []
+    for arm in arms:
+        paths = {seed: arm.path(seed) for seed in arm.seeds}
+        runs = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+        if arm.task == task and runs:
+            rows.append((arm, runs))
+    return rows
 
 
 def title(task: str) -> str:
+    """Return the name of a task as tables and pictures show it."""
     return "Reviews, dev rows" if task == "dev" else task
 
 
 def percent(runs: dict[int, dict]) -> dict[int, float]:
+    """Return {seed: accuracy in %}."""
     return {seed: 100 * run["accuracy"] for seed, run in runs.items()}
 
 
 def cells(arm: Arm, runs: dict[int, dict]) -> list[str]:
-    """Means over the seeds, as the tables show them."""
+    """Return the means over the seeds, as the tables show them."""
     mean = {key: fmean(run[key] for run in runs.values()) for key in NUMBERS}
-    wide = sum(run.get("weights") == "float32" and bool(arm.steps) for run in runs.values())
-    row = [f"{len(runs)}, {wide} in float32" if wide else f"{len(runs)}", f"{100 * mean['accuracy']:.1f}"]
+    in_fp32 = sum(run.get("weights") == "float32" and bool(arm.steps) for run in runs.values())
+    seeds = f"{len(runs)}, {in_fp32} in float32" if in_fp32 else f"{len(runs)}"
+    row = [seeds, f"{100 * mean['accuracy']:.1f}"]
     row += [f"{mean['auc']:.3f}", f"{100 * mean['best_threshold']:.1f}", f"{mean['loss']:.3f}"]
     row += [f"{mean['forward_passes']:.0f} × {arm.batch}"]
-    for cost in ("cpu_seconds", "peak_memory_mb"):  # of runs on a CPU; others are busy there too
-        spent = [run[cost] for run in runs.values() if cost in run]
-        row += [f"{fmean(spent):.0f}" if spent else ""]
+    for cost in ("cpu_seconds", "peak_memory_mb"):  # of runs on a CPU, which several runs share
+        costs = [run[cost] for run in runs.values() if cost in run]
+        row += [f"{fmean(costs):.0f}" if costs else ""]
     return row
 
 
 def table(arms: list[Arm]) -> None:
-    """A row for each arm that has runs, against the base of its task, or the recipe where that is what it varies."""
+    """Print a row for each arm that has runs, against the base of its task, or against the recipe."""
     for task in dict.fromkeys(arm.task for arm in arms):
         if not (rows := finished(arms, task)):
             continue
@@ -204,23 +255,32 @@ def table(arms: list[Arm]) -> None:
         for arm, runs in rows:
             seeds, accuracy, *others = cells(arm, runs)
             reference = recipe if arm.group == "recipe" else base
-            against = paired(percent(runs), reference) if arm.group != "base" or percent(runs) != reference else ""
-            print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, against, *others])} |")
+            is_base = arm.group == "base" and percent(runs) == reference
+            difference = "" if is_base else paired(percent(runs), reference)
+            print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, difference, *others])} |")
 
 
 def best_of_methods(arms: list[Arm]) -> list[tuple[str, int, Arm, dict[int, dict]]]:
-    """(method, settings tried, the best of them, its runs) on the dev rows; one of a single seed only where all are."""
-    found, rows = [], finished(arms, "dev")
+    """Return (method, number of settings tried, the best setting, its runs) on the dev rows.
+
+    A setting of a single seed is the best only where all settings of the method have a single seed.
+    """
+
+    def quality(row: tuple[Arm, dict[int, dict]]) -> tuple[bool, float]:
+        _, runs = row
+        return len(runs) > 1, fmean(percent(runs).values())
+
+    methods = []
+    rows = finished(arms, "dev")
     for method, beginnings in METHODS.items():
-        if tried := [(arm, runs) for arm, runs in rows if arm.name.startswith(beginnings)]:
-            found.append(
-                (method, len(tried), *max(tried, key=lambda row: (len(row[1]) > 1, fmean(percent(row[1]).values()))))
-            )
-    return found
+        settings = [(arm, runs) for arm, runs in rows if arm.name.startswith(beginnings)]
+        if settings:
+            methods.append((method, len(settings), *max(settings, key=quality)))
+    return methods
 
 
 def main_table(arms: list[Arm]) -> None:
-    """Each method at the best of its settings on the dev rows, and how many were tried."""
+    """Print each method at the best of its settings on the dev rows, and how many settings were tried."""
     heads = "method", "tried", "best", *HEAD[2:4], *HEAD[5:]
     print(f"\nMethods\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for method, tried, arm, runs in best_of_methods(arms):
@@ -228,55 +288,61 @@ def main_table(arms: list[Arm]) -> None:
 
 
 def plot_costs(arms: list[Arm], path: Path) -> None:
-    """Accuracy of the methods against what they cost on a CPU; bfloat16 and float32 were run on different machines."""
+    """Draw accuracy against the costs on a CPU; runs in bfloat16 and in float32 are of different machines."""
     from matplotlib import pyplot
 
     costs = {"cpu_seconds": "processor seconds", "peak_memory_mb": "peak MB"}
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     for i, (method, _, _, runs) in enumerate(best_of_methods(arms)):
-        look = {"marker": "os^D"[i // 10], "color": f"C{i % 10}", "linestyle": ""}
-        axes[1].plot([], [], label=method, **look)
+        style = {"marker": "os^D"[i // 10], "color": f"C{i % 10}", "linestyle": ""}
+        axes[1].plot([], [], label=method, **style)
         for axis, cost in zip(axes, costs, strict=True):
             for dtype in ("bfloat16", "float32"):
-                if some := [run for run in runs.values() if cost in run and run.get("weights", "bfloat16") == dtype]:
-                    filled = {} if dtype == "bfloat16" else {"markerfacecolor": "none"}
-                    axis.plot(fmean(r[cost] for r in some), 100 * fmean(r["accuracy"] for r in some), **look, **filled)
+                measured = [r for r in runs.values() if cost in r and r.get("weights", "bfloat16") == dtype]
+                if measured:
+                    filling = {} if dtype == "bfloat16" else {"markerfacecolor": "none"}
+                    accuracy = 100 * fmean(r["accuracy"] for r in measured)
+                    axis.plot(fmean(r[cost] for r in measured), accuracy, **style, **filling)
     for axis, label in zip(axes, costs.values(), strict=True):
-        axis.set(title=f"{title('dev')}: filled bfloat16, hollow float32", xlabel=label, ylabel="accuracy in %")
+        heading = f"{title('dev')}: filled bfloat16, hollow float32"
+        axis.set(title=heading, xlabel=label, ylabel="accuracy in %")
         axis.grid(alpha=0.3)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def plot_passes(arms: list[Arm], task: str, path: Path) -> None:
-    """Accuracy against forward passes, of runs at their end and of a staged one along its chain; over its boosters."""
+    """Draw accuracy against forward passes, of runs at their end and of a staged run along its chain."""
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    figure, (by_passes, by_boosters) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     families: dict[str, list[tuple[float, float]]] = {}
     for arm, runs in finished(arms, task):
         for entry in runs.values():
             if "staged" in entry:
                 rows = entry["forward_passes"] * arm.batch / entry["boosters"]
                 stages = [(stage["boosters"], 100 * stage["accuracy"]) for stage in entry["staged"]]
-                left.plot([rows * k for k, _ in stages[1:]], [a for _, a in stages[1:]], color="0.6", label=arm.name)
-                right.plot(*zip(*stages, strict=True), ".-", color="0.4", label=arm.name)
+                passes = [rows * boosters for boosters, _ in stages[1:]]
+                by_passes.plot(passes, [a for _, a in stages[1:]], color="0.6", label=arm.name)
+                by_boosters.plot(*zip(*stages, strict=True), ".-", color="0.4", label=arm.name)
         if arm.steps and arm.group != "weights":
             name = arm.name.removesuffix(f", {arm.steps} steps").removesuffix(", staged")
             passes = fmean(run["forward_passes"] for run in runs.values())
             families.setdefault(name, []).append((passes * arm.batch, fmean(percent(runs).values())))
     for i, (name, points) in enumerate(families.items()):
-        left.plot(*zip(*sorted(points), strict=True), "os^D"[i // 10] + ":", color=f"C{i % 10}", label=name)
-    left.set(xscale="log", xlabel="forward passes × rows", ylabel="accuracy in %", title=title(task))
-    right.set(xlabel="boosters", ylabel="accuracy in %", title=f"{title(task)}, the first boosters of one run")
-    for axis in (left, right):
+        style = "os^D"[i // 10] + ":"
+        by_passes.plot(*zip(*sorted(points), strict=True), style, color=f"C{i % 10}", label=name)
+    by_passes.set(xscale="log", xlabel="forward passes × rows", ylabel="accuracy in %", title=title(task))
+    heading = f"{title(task)}, the first boosters of one run"
+    by_boosters.set(xlabel="boosters", ylabel="accuracy in %", title=heading)
+    for axis in (by_passes, by_boosters):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def plot(arms: list[Arm], path: Path) -> None:
-    """Accuracy of every arm with its runs as dots, one panel a task."""
+    """Draw the accuracy of every arm with its runs as dots, a panel for each task."""
     from matplotlib import pyplot
 
     panels = {task: rows for task in dict.fromkeys(a.task for a in arms) if (rows := finished(arms, task))}
@@ -284,8 +350,8 @@ def plot(arms: list[Arm], path: Path) -> None:
         return
     ratios = [len(rows) for rows in panels.values()]
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.33 * sum(ratios)), layout="constrained", squeeze=False,
-        gridspec_kw={"height_ratios": ratios},
+        len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.33 * sum(ratios)), layout="constrained",
+        squeeze=False, gridspec_kw={"height_ratios": ratios},
     )  # fmt: skip
     for axis, (task, rows) in zip(axes[:, 0], panels.items(), strict=True):
         for i, (_, runs) in enumerate(rows):
@@ -299,46 +365,71 @@ def plot(arms: list[Arm], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Return the choices of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["run", "table", "plot", "list"])
+    parser.add_argument("command", choices=["run", "table", "plot", "list"])
     parser.add_argument("--groups", nargs="+", help="only these groups")
     parser.add_argument("--only", default="", help="only arms whose name holds this")
     parser.add_argument("--tasks", nargs="+", help="only these tasks; dev stands for the dev rows of Reviews")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--dtype", help="weights in this (bfloat16 takes thrice the time where a CPU lacks it)")
+    parser.add_argument("--dtype", help="of the weights; bfloat16 takes thrice the time where a CPU lacks it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    arms = [a for a in grid() if (not args.groups or a.group in args.groups) and args.only in a.name]
-    arms = [a for a in arms if not args.tasks or a.task in args.tasks]
-    arms = [replace(a, seeds=tuple(s for s in a.seeds if not args.seeds or s in args.seeds)) for a in arms]
-    if args.what == "table":
-        main_table(arms)
-        return table(arms)
-    if args.what == "plot":
-        import matplotlib
-        import why
+    return parser.parse_args()
 
-        matplotlib.use("Agg")
-        dev = [arm for arm in arms if arm.task == "dev"]
-        plot(dev, OUT / "arms.png")
-        plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
-        plot_costs(dev, OUT / "costs.png")
-        plot_passes(arms, "SST2", OUT / "passes.png")
-        return why.picture(OUT / "why.png")
-    jobs = [(arm, seed) for arm in arms if arm.runnable for seed in arm.seeds if not arm.path(seed).exists()]
-    if args.what == "list":
-        for arm, seed in jobs:
-            print(arm.line(seed))
-        return None
+
+def chosen_arms(args) -> list[Arm]:
+    """Return the arms of the grid that the command line selects."""
+    arms = [arm for arm in grid() if not args.groups or arm.group in args.groups]
+    arms = [arm for arm in arms if args.only in arm.name]
+    arms = [arm for arm in arms if not args.tasks or arm.task in args.tasks]
+    if args.seeds:
+        arms = [replace(arm, seeds=tuple(seed for seed in arm.seeds if seed in args.seeds)) for arm in arms]
+    return arms
+
+
+def plot_all(arms: list[Arm]) -> None:
+    """Draw every picture of research/runs/."""
+    import matplotlib
+    import why
+
+    matplotlib.use("Agg")
+    dev = [arm for arm in arms if arm.task == "dev"]
+    plot(dev, OUT / "arms.png")
+    plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
+    plot_costs(dev, OUT / "costs.png")
+    plot_passes(arms, "SST2", OUT / "passes.png")
+    why.plot(OUT / "why.png")
+
+
+def run_all(jobs: list[tuple[Arm, int]], num_processes: int) -> None:
+    """Run these arms and seeds, several at a time."""
     make_dev()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the workers
-    if args.dtype:
-        jobs = [(replace(arm, dtype=args.dtype), seed) for arm, seed in jobs]
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(run_one, jobs), total=len(jobs), unit="run", desc="experiments"):
             pass
-    return None
+
+
+def main() -> None:
+    """Run, list, print or draw the chosen arms."""
+    args = parse_args()
+    arms = chosen_arms(args)
+    if args.command == "table":
+        main_table(arms)
+        table(arms)
+    elif args.command == "plot":
+        plot_all(arms)
+    else:
+        runnable = [(arm, seed) for arm in arms if arm.runnable for seed in arm.seeds]
+        jobs = [(arm, seed) for arm, seed in runnable if not arm.path(seed).exists()]
+        if args.command == "list":
+            for arm, seed in jobs:
+                print(arm.line(seed))
+            return
+        if args.dtype:
+            jobs = [(replace(arm, dtype=args.dtype), seed) for arm, seed in jobs]
+        run_all(jobs, args.jobs)
 
 
 if __name__ == "__main__":
