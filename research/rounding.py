@@ -1,10 +1,11 @@
-"""What half precision does to 20,000 updates of full parameters: nearest, by chance, as the MeZO code does it.
+"""The effect of half precision on 20,000 updates of all weights: rounded to nearest, by chance, or in place.
 
     python research/rounding.py
 
-A tensor of normal weights of scale 0.02 takes MeZO's updates θ ← θ − ηgz at the published η of 1e-6, with g of a given
-root mean square, the same z in every arm; the truth is the sum in float64. `in place` perturbs and restores the weights
-in their own dtype (+ε, −2ε, +ε) before each update. Lost: elements that an update of the first step does not move.
+A tensor of normal weights of scale 0.02 takes MeZO's updates θ ← θ − ηgz at the published η of 1e-6. g has a
+given root mean square, and every arm has the same z; the truth is the sum in float64. `in place`, as the MeZO
+code does it, perturbs and restores the weights in their own dtype (+ε, −2ε, +ε) before each update. `lost
+updates` are elements that an update of the first step does not move.
 """
 
 import argparse
@@ -17,42 +18,56 @@ import torch
 
 from zo.optimizer import ZerothOrder
 
-ETA, EPS = 1e-6, 1e-3
+ETA = 1e-6
+EPS = 1e-3
 
 
 @torch.no_grad()
-def arms(dtype: torch.dtype, n: int, steps: int, g_rms: float) -> None:
+def compare_roundings(dtype: torch.dtype, num_elements: int, steps: int, g_rms: float) -> None:
+    """Print how far each way of rounding is off the truth.
+
+    Args:
+        dtype: of the weights.
+        num_elements: of the tensor.
+        steps: number of updates.
+        g_rms: root mean square of g.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = (torch.randn(n, generator=generator) * 0.02).to(dtype)
+    start = (torch.randn(num_elements, generator=generator) * 0.02).to(dtype)
     gs = (torch.randn(steps, generator=generator) * g_rms).tolist()
     chance = torch.nn.Parameter(start.clone())
     engine = ZerothOrder([chance], ETA, EPS, master=False)
-    truth, nearest, in_place, lost = start.double(), start.clone(), start.clone(), {}
+    truth = start.double()
+    nearest = start.clone()
+    in_place = start.clone()
+    unmoved = {}
     for step, g in enumerate(gs):
         z = engine.directions.z(engine.blocks[0], 0)
-        before = chance.clone(), nearest.clone()
         engine.losses = [g * EPS, -g * EPS]
         engine.step()
-        c = engine.trajectory.coefficients[-1][0]
-        truth -= c * z.double()
-        nearest = (nearest.float() - c * z).to(dtype)
-        for scale in (EPS, -2 * EPS, EPS, -c):
+        coefficient = engine.trajectory.coefficients[-1][0]
+        truth -= coefficient * z.double()
+        nearest = (nearest.float() - coefficient * z).to(dtype)
+        for scale in (EPS, -2 * EPS, EPS, -coefficient):
             in_place += (z * scale).to(dtype)
         if step == 0:
-            lost = {"chance": chance == before[0], "nearest": nearest == before[1]}
+            unmoved = {"chance": chance == start, "nearest": nearest == start}
+    movement = truth - start.double()
     norm = start.double().norm()
-    moved = (truth - start.double()).norm() / norm
-    print(f"\n{dtype}: true movement {moved:.2%} of the weights' norm after {steps} steps, |g| {g_rms}")
+    moved = f"{movement.norm() / norm:.2%} of the weights' norm"
+    print(f"\n{dtype}: true movement {moved} after {steps} steps, |g| {g_rms}")
     for name, theta in (("chance", chance), ("nearest", nearest), ("in place", in_place)):
         error = (theta.double() - truth).norm() / norm
-        along = ((theta.double() - start.double()) * (truth - start.double())).sum() / (
-            truth - start.double()
-        ).square().sum()
-        gone = f"{lost[name].double().mean():.1%}" if name in lost else ""
-        print(f"{name:9} off the truth {error:7.2%}   share of the true movement {along:6.2f}   lost updates {gone}")
+        share = ((theta.double() - start.double()) * movement).sum() / movement.square().sum()
+        lost_updates = f"{unmoved[name].double().mean():.1%}" if name in unmoved else ""
+        print(
+            f"{name:9} off the truth {error:7.2%}   share of the true movement {share:6.2f}   "
+            f"lost updates {lost_updates}"
+        )
 
 
 def main() -> None:
+    """Print the comparison for both half precisions and each size of g."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--elements", type=int, default=1 << 14)
     parser.add_argument("--steps", type=int, default=20000)
@@ -60,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     for dtype in (torch.float16, torch.bfloat16):
         for g in args.g:
-            arms(dtype, args.elements, args.steps, g)
+            compare_roundings(dtype, args.elements, args.steps, g)
 
 
 if __name__ == "__main__":
