@@ -125,10 +125,23 @@ def model_for_tasks(folder: Path, tokenizer: str) -> Path:
     return folder / "opt-words"
 
 
+def hash_of(path: Path) -> str:
+    """Return the sha256 of a file; of a trajectory without the flags of its run, which are in the result."""
+    if path.name != "trajectory.safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+        about.pop("settings", None)
+        tensors = {name: file.get_tensor(name).numpy().tobytes().hex() for name in sorted(file.keys())}
+    return hashlib.sha256(json.dumps([about, tensors], sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(folder: Path) -> dict:
-    """Return {file: sha256} of all tensors below a folder, and the result without what differs from run to run."""
+    """Return {file: hash} of all tensors below a folder, and the result without what differs from run to run."""
     files = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): hash_of(path)
         for path in sorted(folder.rglob("*"))
         if path.suffix == ".safetensors" or path.name == "predictions.jsonl"
     }
