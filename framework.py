@@ -1,7 +1,7 @@
 """A model and a task: load, inject adapters, evaluate, train, replay, save.
 
-Reads like a recipe, from `load` to `export`. What a step is stands in trainer.py and zo/optimizer.py, what a prompt and
-a score are in scoring/; run.py has the program around it.
+Reads like a recipe, from `load` to `export`. What a step is stands in trainer.py and zo/optimizer.py, what a
+prompt and a score are in scoring/; run.py has the program around it.
 """
 
 import functools
@@ -39,8 +39,8 @@ logger = logging.getLogger("run")
 class Framework:
     """A model and a task, ready to train and to evaluate.
 
-    Bad data and prompts are refused before `load()` reads the weights. After it `model` is the model in eval mode, with
-    its adapters; before it is None.
+    Bad data and prompts are refused before `load()` reads the weights. After it `model` is the model in eval
+    mode, with its adapters; before it is None.
 
     Args:
         args: the choices of the run.
@@ -58,7 +58,9 @@ class Framework:
         self.lora_module: LoRA | None = None
         self.trainer: OurTrainer | None = None
         self.estimate: memory_estimate.Estimate | None = None
-        self.train_examples, self.eval_examples = [], []  # as far as they are known before the model is loaded
+        # The estimate of memory reads these, as far as they are known before the model is loaded.
+        self.train_examples = []
+        self.eval_examples = []
         self.prefix_length = prefix_length(args)
         self.config = load_model.read_model_config(args.model_name, args.trust_remote_code)
         self.tokenizer = load_model.read_tokenizer(args.model_name, self.config, args.trust_remote_code)
@@ -81,7 +83,9 @@ class Framework:
             return
         args = self.args
         new_tokens = args.max_new_tokens if self.task and self.task.generation else 0
-        self.estimate = estimate_memory(args, self.config, self.train_examples, self.eval_examples, new_tokens)
+        self.estimate = estimate_memory(
+            args, self.config, self.train_examples, self.eval_examples, new_tokens
+        )
         model = load_model_of_run(args)
         for settings in (self.tokenizer, model.config):
             settings.pad_token_id = self.tokenizer.pad_token_id
@@ -123,7 +127,9 @@ class Framework:
     # ---- training ----
 
     def train(self, train_samples, dev_rows: EvalBatch, output_dir: Path, signals=None) -> None:
-        """Train, or go on, or see that it is done already; leaves the trained model (the best one, where asked).
+        """Train from the start or from a checkpoint; nothing is left to train where the run is finished.
+
+        Afterwards `model` is the trained model: the best checkpoint where the flags ask for it.
 
         Args:
             train_samples: the rows to learn from.
@@ -139,25 +145,30 @@ class Framework:
         self.train_examples = self.prompts.training_examples(train_samples)
         check_training_rows(args, self.task, self.train_examples)
         run_id = run_id_fields(args, self.task, self.config, train_samples, dev_rows.samples)
-        checkpoint = collectives.run_on_main(functools.partial(checkpoint_to_resume, args, output_dir, run_id))
+        checkpoint = collectives.run_on_main(
+            functools.partial(checkpoint_to_resume, args, output_dir, run_id)
+        )
         collectives.run_on_all(self.load)  # where one rank can't load the model, none goes on
         if args.sharded:
             self._shard()
         self.trainer = trainer = self._make_trainer(args, train_samples, dev_rows, run_id, signals)
         if checkpoint and trainer.load_if_finished(checkpoint):
-            logger.info("%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step)
+            logger.info(
+                "%s is finished (step %d): nothing left to train", output_dir, trainer.state.global_step
+            )
         else:
             run_trainer(trainer, output_dir, checkpoint, self.evaluator.plain_rows)
         # of --bf16: a rerun evaluates without the library's autocast too
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        trainer.finish(functools.partial(self.best_prefix, dev_rows) if args.xgblora_best else None)
+        trainer.finish(functools.partial(self.best_chain_length, dev_rows) if args.xgblora_best else None)
         if args.save_model:
             trainer.save_result(output_dir)
         trainer.refuse_unsaved()
         self.model.eval()
 
     def _make_trainer(self, args, train_samples, dev_rows: EvalBatch, run_id: dict, signals) -> OurTrainer:
-        classification, plain_rows = args.train_as_classification, self.evaluator.plain_rows
+        classification = args.train_as_classification
+        plain_rows = self.evaluator.plain_rows
         dev_examples = self.prompts.training_examples(dev_rows.samples) if args.xgblora_adaptive else []
         if self.objective:
             batch = self.eval_batch(train_samples)
@@ -179,13 +190,14 @@ class Framework:
         return trainer
 
     def _shard(self) -> None:
-        """Divide the weights among the ranks (`--fsdp`), each with its part on its device; this can't be undone."""
-        keep_pages(False)  # a layer that comes and goes leaves holes, which soon take more than the whole model
+        """Divide the weights among the ranks (`--fsdp`), each part on its device; this can't be undone."""
+        # A layer that comes and goes leaves holes in memory, which soon take more than the whole model.
+        keep_pages(False)
         adapter = self.lora_module or prefix.trained_prefix(self.model)
         sharding.shard_model(self.model, adapter, self.args.device)
         self.evaluator.attach(self.model)
 
-    def best_prefix(self, dev_rows: EvalBatch) -> int:
+    def best_chain_length(self, dev_rows: EvalBatch) -> int:
         """Return how many of the first boosters do best on the dev rows (`--xgblora_best`)."""
         metric = self.task.metric_name
         stages = staged_results.evaluate_prefixes(
@@ -220,31 +232,38 @@ class Framework:
     def export(self, directory: Path) -> None:
         """Write the nearest LoRA of rank `--export_rank`, and say what it lacks."""
         self.load()
-        missing = self.lora_module.export(directory, self.args.export_rank)
-        logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * missing)
+        error = self.lora_module.export(directory, self.args.export_rank)
+        logger.info("%s: lacks %.2f%% of the adapter (Frobenius norm, all layers)", directory, 100 * error)
 
 
 # ---- what a Framework is made of ----
 
 
 def make_prompts(args: OurArguments, task, tokenizer, max_length: int, vocabulary: int) -> Prompts:
-    """Return what turns samples of the task into token ids: at most `max_length` of them, ids below `vocabulary`."""
+    """Return the `Prompts` that turn samples of the task into token ids.
+
+    Args:
+        max_length: the longest row in tokens.
+        vocabulary: ids are below this number.
+    """
     return Prompts(
         task, tokenizer, max_length, vocabulary, max_new_tokens=args.max_new_tokens,
-        only_train_option=args.only_train_option, train_as_classification=args.train_as_classification, sfc=args.sfc,
-        icl_sfc=args.icl_sfc, model_name=args.model_name,
+        only_train_option=args.only_train_option, train_as_classification=args.train_as_classification,
+        sfc=args.sfc, icl_sfc=args.icl_sfc, model_name=args.model_name,
     )  # fmt: skip
 
 
 def make_evaluator(args: OurArguments, task, tokenizer, prompts: Prompts) -> Evaluator:
-    """Return what predicts and measures."""
+    """Return the `Evaluator`, which predicts and measures."""
     generation = GenerationSettings(args.eos_token, args.max_new_tokens, args.generating)
     progress = not args.disable_tqdm and collectives.is_main_process()
-    return Evaluator(task, tokenizer, prompts, generation, seed=args.seed, progress=progress, verbose=args.verbose)
+    return Evaluator(
+        task, tokenizer, prompts, generation, seed=args.seed, progress=progress, verbose=args.verbose
+    )
 
 
 def estimate_memory(args: OurArguments, config, train_examples, eval_examples, new_tokens: int):
-    """Return what memory the run will take, and log it; None where that can't be told."""
+    """Return the estimate of the memory that the run will take, and log it; None where that can't be told."""
     cpu = args.device.type == "cpu"
     adapted = args.lora or args.xgblora or args.prefix_tuning
 
@@ -258,7 +277,13 @@ def load_model_of_run(args: OurArguments) -> torch.nn.Module:
     """Return the model on its device, with what the flags change in it; adapters come later."""
     device = "cpu" if args.sharded else args.device  # a whole model may be too much for its device
     model = load_model.read_model(
-        args.model_name, args.dtype, args.trust_remote_code, device, args.bits, args.device_map, args.offload_folder
+        args.model_name,
+        args.dtype,
+        args.trust_remote_code,
+        device,
+        args.bits,
+        args.device_map,
+        args.offload_folder,
     )
     if args.bits == 4 and args.trainer == "regular":
         load_model.use_differentiable_kernels(model)
@@ -288,7 +313,11 @@ def prefix_length(args: OurArguments) -> int:
 
 
 def inject_prefix(model: torch.nn.Module, args: OurArguments, length: int) -> None:
-    """Put a prefix of `length` tokens in front of the model's layers: that of `--adapter`, or one to be trained."""
+    """Put a prefix in front of the model's layers: the one of `--adapter`, or a new one to be trained.
+
+    Args:
+        length: tokens of the prefix.
+    """
     reparam = args.prefix_tuning and not args.no_reparam
     module = PrefixTuning(model, length, reparam, args.prefix_init_by_real_act, args.seed)
     if args.adapter:
@@ -296,27 +325,32 @@ def inject_prefix(model: torch.nn.Module, args: OurArguments, length: int) -> No
 
 
 def inject_lora(model: torch.nn.Module, args: OurArguments) -> LoRA | None:
-    """Inject the adapters of `--lora` or `--xgblora`, or those of a saved adapter that is evaluated; None for neither.
+    """Inject the adapters of `--lora` or `--xgblora`, or those of a saved adapter that is evaluated.
+
+    Returns:
+        The adapters; None where the flags ask for none.
 
     Raises:
         UsageError: the model has no such layers, or the saved adapter does not fit.
     """
     lora = None
     if args.adapter and args.trainer == "none":
-        saved, chain = peft_files.read_lora_config(args.adapter), peft_files.has_chain(args.adapter)
+        config = peft_files.read_lora_config(args.adapter)
+        has_chain = peft_files.has_chain(args.adapter)
         lora = LoRA(
-            model, 1 if chain else saved["r"], saved["lora_alpha"], xgblora=chain, targets=saved["target_modules"],
-            ensemble=args.xgblora_ensemble,
+            model, 1 if has_chain else config["r"], config["lora_alpha"], xgblora=has_chain,
+            targets=config["target_modules"], ensemble=args.xgblora_ensemble,
         )  # fmt: skip
     elif args.lora or args.xgblora:
         names = [name for name, _ in model.named_modules()]
         lora = LoRA(
             model, args.lora_r, args.lora_alpha, xgblora=args.xgblora, seed=args.seed, targets=args.targets,
-            freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers, ensemble=args.xgblora_ensemble,
+            freeze_a=args.lora_freeze_a, ranks=args.ranks, layers=args.xgblora_layers,
+            ensemble=args.xgblora_ensemble,
         )  # fmt: skip
-        missing = [target for target in args.targets if not names_ending_in(names, [target])]
-        if missing:
-            raise UsageError(f"--lora_targets: no layer called {', '.join(missing)} in this model")
+        absent_targets = [target for target in args.targets if not names_ending_in(names, [target])]
+        if absent_targets:
+            raise UsageError(f"--lora_targets: no layer called {', '.join(absent_targets)} in this model")
     if args.staged and not lora.xgblora:
         raise UsageError(f"--staged: {args.adapter} has no chain of boosters")
     if args.adapter and lora:
@@ -369,13 +403,15 @@ def objective_inputs(args: OurArguments, examples, batch: EvalBatch, evaluator: 
         objective: what steps raise, a function of (predictions, right answers).
     """
     rows = ObjectiveRows(examples)
-    collator = data_parallel.ShardingCollator(rows.pack, len, rows.num_tokens, divides=args.zo_parallel == "data")
+    collator = data_parallel.ShardingCollator(
+        rows.pack, len, rows.num_tokens, divides=args.zo_parallel == "data"
+    )
     loss_fn = functools.partial(evaluator.objective_loss, objective, batch)
     return {"train_dataset": rows, "data_collator": collator, "loss_fn": loss_fn}
 
 
 class ObjectiveRows:
-    """The training rows as their numbers: with `--objective` a batch is evaluated, which needs samples and not loss.
+    """The training rows as their numbers: with `--objective` a batch of samples is evaluated, without a loss.
 
     Args:
         examples: the training examples, for their sizes.
@@ -439,7 +475,7 @@ def run_id_fields(args: OurArguments, task, config, train_samples, dev_samples) 
         del run_id["max_steps"], run_id["num_train_epochs"]  # a longer run goes on from a shorter one
     # Other ranks that share the same batch are the same run.
     rows_per_step = run_id.pop("per_device_train_batch_size") * run_id.pop("gradient_accumulation_steps")
-    run_id["batch"] = rows_per_step * args.shares
+    run_id["batch"] = rows_per_step * args.data_parallel_size
     if args.adapter:  # what it holds, wherever it lies
         run_id["adapter"] = checkpoints.short_hash(checkpoints.identify_weights(args.adapter))
     for name in ("zo_method", "objective"):
@@ -476,16 +512,18 @@ def read_trajectory(path: str, args: OurArguments, config) -> Trajectory:
         trajectory = Trajectory.load(path)
     except ValueError as error:
         raise UsageError(f"--replay {error}") from error
-    current = run_id_fields(args, None, config, [], [])
-    recorded = trajectory.about.get("settings", {})
-    difference = checkpoints.differences(
-        {name: value for name, value in recorded.items() if name in REPLAY_ID},
-        {name: value for name, value in current.items() if name in REPLAY_ID},
+    run_id = run_id_fields(args, None, config, [], [])
+    recorded_id = trajectory.about.get("settings", {})
+    difference = checkpoints.describe_difference(
+        {name: value for name, value in recorded_id.items() if name in REPLAY_ID},
+        {name: value for name, value in run_id.items() if name in REPLAY_ID},
     )
     if difference:
         raise UsageError(f"--replay {path} is of another run: {difference}")
     if args.replay_steps is not None and Path(path).resolve().parent == Path(args.output_dir).resolve():
         raise UsageError(f"--replay_steps would overwrite the result of {path}: give another --output_dir")
     if (args.replay_steps or 0) > len(trajectory.coefficients):
-        raise UsageError(f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps")
+        raise UsageError(
+            f"--replay_steps {args.replay_steps}: {path} holds {len(trajectory.coefficients)} steps"
+        )
     return trajectory

@@ -1,6 +1,7 @@
 """One program for everything: load a model, inject adapters, train with forward passes only, evaluate.
 
-    python run.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews --xgblora --trainer zo \\
+    python run.py --model_name starter/smollm2-135m --data_dir starter --task_name Reviews
+    --xgblora --trainer zo \\
         --xgblora_steps_per_iteration 50 --max_steps 400
 
 `main` reads the flags, draws the sets of training rows, runs each and writes the results. The flags are in
@@ -41,7 +42,7 @@ EXPECTED_ERRORS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program with the flags of `argv`, by default those of the command line; return the exit status."""
+    """Run the program with the flags of `argv` (None: of the command line); return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     words = sys.argv[1:] if argv is None else argv
     if not words:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = read_arguments(words)
         if args.replay:
-            return replay(args)
+            return run_replay(args)
         return run(args)
     except Interrupted as signal:
         print_error(f"stopped by {signal}; the same command goes on from the last checkpoint")
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error("interrupted; the same command goes on from the last checkpoint")
         return 130
     except Exception as error:
-        return report(error)
+        return report_error(error)
 
 
 def read_arguments(words: list[str]) -> OurArguments:
@@ -83,22 +84,26 @@ def run(args: OurArguments) -> int:
     path = results.result_path(args, [seed for seed, _, _ in train_sets])
     writes_models = args.save_merged or args.export_rank
     model_file = Path(args.output_dir) / "config.json" if writes_models else None
-    for flag, file in (("--result_file", path), ("--predictions", args.predictions), ("--output_dir", model_file)):
+    for flag, file in (
+        ("--result_file", path),
+        ("--predictions", args.predictions),
+        ("--output_dir", model_file),
+    ):
         if file:
             checkpoints.check_writable(file, flag)
     args.announce()
     measurements = []
     for train_set in train_sets:
         measurements.append(run_set(args, task, *train_set))
-        gc.collect()  # the trainer and its callbacks hold each other, and the model, while the next one loads
+        gc.collect()  # trainer and callbacks hold each other, and the model, while the next model loads
         if len(train_sets) > 1 and collectives.is_main_process():
             results.write_result(results.set_path(path, train_set[0]), args, measurements[-1:])
     if not collectives.is_main_process():
         return 0
     result = results.write_result(path, args, measurements)
     if args.staged:
-        labels = [f"trainset{measured['train_set']}" for measured in measurements]
-        stages = [measured["staged"] for measured in measurements]
+        labels = [f"trainset{measurement['train_set']}" for measurement in measurements]
+        stages = [measurement["staged"] for measurement in measurements]
         staged_results.plot(stages, labels, task.metric_name, path.with_suffix(".png"))
     logger.info("%s: %s", path, {k: v for k, v in result.items() if k not in ("args", "sets", "versions")})
     return 0
@@ -108,8 +113,8 @@ def draw_train_sets(args: OurArguments, task) -> list[tuple[int | None, list, li
     """Draw the training rows, and dev rows from the end of the draw, never out of the training rows.
 
     Returns:
-        (seed, training rows, dev rows) of each set; a single (None, [], []) where nothing is trained and every
-        evaluation example gets demonstrations of its own.
+        (seed, training rows, dev rows) of each set; a single (None, [], []) where nothing is trained and
+        every evaluation example gets demonstrations of its own.
 
     Raises:
         UsageError: the task has fewer rows.
@@ -119,14 +124,16 @@ def draw_train_sets(args: OurArguments, task) -> list[tuple[int | None, list, li
     if size is None:
         size = available - dev if args.learns else 0
     if size + dev > available or (args.learns and size < 1):
-        raise UsageError(f"--num_train {size} and --num_dev {dev}: {task.name} has {available} training rows in all")
+        raise UsageError(
+            f"--num_train {size} and --num_dev {dev}: {task.name} has {available} training rows in all"
+        )
     if args.num_train_sets is None and args.train_set_seed is None:
         if not args.learns:
             return [(None, [], [])]
         seeds = [args.seed]
     else:
-        first = args.train_set_seed or 0
-        seeds = range(first, first + (args.num_train_sets or 1))
+        first_seed = args.train_set_seed or 0
+        seeds = range(first_seed, first_seed + (args.num_train_sets or 1))
     train_sets = []
     for seed in seeds:
         rows = task.sample_subset("train", seed, size + dev)
@@ -141,36 +148,41 @@ def run_set(args: OurArguments, task, train_set: int | None, train_samples: list
         {metric: value, "dev_…": value, forward passes, seconds, …}
     """
     framework = Framework(args, task)
-    output_dir, trains = args.run_dir(train_set or 0), args.trainer != "none" and not args.linear_probing
+    output_dir = args.run_dir(train_set or 0)
+    trains = args.trainer != "none" and not args.linear_probing
     dev_rows, eval_rows = evaluation_rows(framework, train_set, train_samples, dev_samples)
-    measured = {"train_set": train_set}
-    start, cpu_start = time.perf_counter(), time.process_time()
+    measurement = {"train_set": train_set}
+    start = time.perf_counter()
+    cpu_start = time.process_time()
     with stop_signals.StopSignals(args.save_on_interrupt and trains) as signals:
         if trains:
             with checkpoints.lock_on_main(output_dir):
                 framework.train(train_samples, dev_rows, output_dir, signals)
-            measured["forward_passes"] = framework.trainer.forward_passes
+            measurement["forward_passes"] = framework.trainer.forward_passes
             if collectives.world_size() > 1:
-                measured["ranks"] = framework.trainer.exchange.report()
-                logger.info("ranks: %s", measured["ranks"])
+                measurement["ranks"] = framework.trainer.exchange.report()
+                logger.info("ranks: %s", measurement["ranks"])
         elif args.linear_probing:
             framework.fit_probe(train_samples)
-        measured["train_seconds"] = round(time.perf_counter() - start, 2)
-        measured["train_cpu_seconds"] = round(time.process_time() - cpu_start, 2)  # of all threads
+        measurement["train_seconds"] = round(time.perf_counter() - start, 2)
+        measurement["train_cpu_seconds"] = round(time.process_time() - cpu_start, 2)  # of all threads
         with signals.interruptible():
-            measured |= evaluate_and_write(framework, output_dir, train_set, dev_rows, eval_rows)
-    measured["seconds"] = round(time.perf_counter() - start, 2)
+            measurement |= evaluate_and_write(framework, output_dir, train_set, dev_rows, eval_rows)
+    measurement["seconds"] = round(time.perf_counter() - start, 2)
     if framework.estimate:
-        measured["estimated_memory_mb"] = round(framework.estimate.total / 1e6)
+        measurement["estimated_memory_mb"] = round(framework.estimate.total / 1e6)
     if framework.lora_module:
-        measured["boosters"] = len(framework.lora_module.boosters)
-    return measured
+        measurement["boosters"] = len(framework.lora_module.boosters)
+    return measurement
 
 
-def evaluation_rows(framework: Framework, train_set, train_samples, dev_samples) -> tuple[EvalBatch, EvalBatch | None]:
+def evaluation_rows(
+    framework: Framework, train_set, train_samples, dev_samples
+) -> tuple[EvalBatch, EvalBatch | None]:
     """Return the dev rows and the validation rows as an evaluation takes them; None with `--no_eval`.
 
-    Where nothing is learned the training rows are demonstrations: the same for all, or a set for each example.
+    Where nothing is learned the training rows are demonstrations: the same for all,
+    or a set for each example.
     """
     args, task = framework.args, framework.task
     eval_samples = task.sample_subset("validation", args.train_set_seed or 0, args.num_eval or sys.maxsize)
@@ -182,26 +194,32 @@ def evaluation_rows(framework: Framework, train_set, train_samples, dev_samples)
 
 
 def evaluate_and_write(framework: Framework, output_dir: Path, train_set, dev_rows, eval_rows) -> dict:
-    """Evaluate the model, trained or not, and write its files and predictions, as the flags ask; return the metrics."""
-    args, measured = framework.args, {}
+    """Evaluate the model, and write the files and predictions that the flags ask for; return the metrics."""
+    args = framework.args
+    measurement = {}
     framework.load()
     write_models(framework, output_dir)
     if dev_rows.samples:
-        measured |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
+        measurement |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
     if eval_rows:
         predictions = framework.predict(eval_rows)
-        measured |= framework.evaluator.metrics(predictions)
+        measurement |= framework.evaluator.metrics(predictions)
         if args.predictions and collectives.is_main_process():
             path = Path(args.predictions)
             several_sets = (args.num_train_sets or 1) > 1
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
             checkpoints.write_atomically(results.set_path(path, train_set) if several_sets else path, lines)
     if args.staged:
-        measured["staged"] = staged_results.evaluate_prefixes(
-            framework.lora_module, lambda: framework.evaluate(eval_rows, False), args.staged, not args.disable_tqdm
+        measurement["staged"] = staged_results.evaluate_prefixes(
+            framework.lora_module,
+            lambda: framework.evaluate(eval_rows, False),
+            args.staged,
+            not args.disable_tqdm,
         )
-        logger.info("\n".join(staged_results.format_stages(measured["staged"], framework.task.metric_name)))
-    return measured
+        logger.info(
+            "\n".join(staged_results.format_stages(measurement["staged"], framework.task.metric_name))
+        )
+    return measurement
 
 
 def write_models(framework: Framework, output_dir: Path) -> None:
@@ -213,8 +231,8 @@ def write_models(framework: Framework, output_dir: Path) -> None:
         framework.export(output_dir / f"rank{args.export_rank}")
 
 
-def replay(args: OurArguments) -> int:
-    """Rebuild the trained weights from the pretrained model and a trajectory (`--replay`); return the exit status."""
+def run_replay(args: OurArguments) -> int:
+    """Rebuild trained weights from pretrained ones and a trajectory (`--replay`); return the exit status."""
     start = time.perf_counter()
     output_dir = args.run_dir(args.seed if args.train_set_seed is None else args.train_set_seed)
     args.announce()
@@ -229,8 +247,8 @@ def replay(args: OurArguments) -> int:
 # ---- errors ----
 
 
-def report(raised: Exception) -> int:
-    """Print one line for the person at the terminal, and return the exit status; raises what only a traceback tells."""
+def report_error(raised: Exception) -> int:
+    """Print one line about an error and return the exit status; raises an error that needs its traceback."""
     error = collectives.peer_lost_error(raised) if collectives.is_network_error(raised) else raised
     line = message(error)
     if not line:
@@ -242,7 +260,7 @@ def report(raised: Exception) -> int:
 
 
 def message(error: Exception) -> str | None:
-    """Return what to tell the person at the terminal, or None where only a traceback tells it."""
+    """Return the line for the person at the terminal, or None for an error that needs its traceback."""
     text = str(error)
     # An ImportError names a package that a flag asks for.
     if isinstance(error, (*EXPECTED_ERRORS, ImportError)) or checkpoints.is_disk_full(error):
@@ -252,14 +270,18 @@ def message(error: Exception) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
             f"out of memory ({text.splitlines()[0] if text else type(error).__name__}): lower "
-            "--per_device_train_batch_size or --max_length, or load the model with --load_bfloat16; the same command "
-            "goes on from the last checkpoint"
+            "--per_device_train_batch_size or --max_length, or load the model with --load_bfloat16; "
+            "the same command goes on from the last checkpoint"
         )
     return None
 
 
 def print_error(text: str, on_this_rank: bool = False) -> None:
-    """Print the last line of a run that does not end well: rank 0's, and of another rank what it alone knows."""
+    """Print the last line of a run that does not end well.
+
+    Args:
+        on_this_rank: print it on another rank than 0 too, because only this rank knows of the error.
+    """
     if collectives.is_main_process():
         print(f"run.py: {text}", file=sys.stderr)
     elif on_this_rank:

@@ -191,7 +191,7 @@ class OurTrainer(BoostingTrainer):
     def cache_activations(self, plain: bool) -> None:
         """Run the lower layers on every training row, once for the whole run (`--zo_cache_activations`)."""
         place = self.lora_module.first_adapted_layer
-        ranks = (collectives.rank(), collectives.world_size()) if self.args.shares > 1 else (0, 1)
+        ranks = (collectives.rank(), collectives.world_size()) if self.args.data_parallel_size > 1 else (0, 1)
 
         def fill():
             rows = self.train_dataset

@@ -1,6 +1,6 @@
-"""What every folder may use: the error of bad input, tokenizers, prompts as token ids, and the device of a layer.
+"""Helpers of every folder: the error of bad input, tokenizers, prompts as token ids, the device of a layer.
 
-`encode_prompt` is where text becomes numbers; the ids that it gives are those of the MeZO code (arXiv 2305.17333).
+`encode_prompt` turns text into numbers; its token ids are those of the MeZO code (arXiv 2305.17333).
 """
 
 import importlib.util
@@ -12,16 +12,22 @@ from torch import nn
 from transformers import AutoTokenizer
 
 logger = logging.getLogger(__name__)
-# Where bitsandbytes is installed, peft imports it, and it says at every start which of its fast kernels it lacks.
+# Where bitsandbytes is installed, peft imports it, and it logs at every start which kernels it lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UsageError(ValueError):
-    """Bad input: one line that says what is wrong and what to type instead. `run.py` prints it and exits with 2."""
+    """Bad input. The message is one line: what is wrong and what to type instead.
+
+    `run.py` prints the line and exits with 2.
+    """
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop. No Exception, so that no `except Exception` on the way takes it for a failure."""
+    """The run was asked to stop.
+
+    Not an `Exception`, so that no `except Exception` on the way takes the signal for a failure.
+    """
 
 
 def load_from_file(name: str):
@@ -43,7 +49,10 @@ def load_from_file(name: str):
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device on which a layer with a weight computes; offloaded weights come there for each call."""
+    """Return the device on which a layer with a weight computes.
+
+    Offloaded weights are copied to this device for each call.
+    """
     if not module.weight.is_meta:
         return module.weight.device
     hook = module._hf_hook  # of several hooks the first is the one that brings the weight
@@ -60,8 +69,9 @@ def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
 
     Args:
         path: the name, directory or file.
-        model_type: "opt" sets the BOS id to 0, as the MeZO code does: its published numbers rest on prompts that start
-            with 0, not with OPT's own 2. Today's tokenizers write the BOS from a post-processor, which has to be told.
+        model_type: "opt" sets the BOS id to 0, as the MeZO code does: its published numbers rest on
+            prompts that start with 0, not with OPT's own 2. Today's tokenizers write the BOS from a
+            post-processor, which has to be updated.
         trust: run code that comes with the tokenizer.
     """
     path = str(path)
@@ -78,14 +88,16 @@ def load_tokenizer(path, model_type: str | None = None, trust: bool = False):
 
 
 def encode_prompt(
-    task, template, train_samples, eval_sample, tokenizer, max_length: int, sfc: bool = False, icl_sfc: bool = False,
-    generation: bool = False, generation_with_gold: bool = False, max_new_tokens: int | None = None,
+    task, template, train_samples, eval_sample, tokenizer, max_length: int, sfc: bool = False,
+    icl_sfc: bool = False, generation: bool = False, generation_with_gold: bool = False,
+    max_new_tokens: int | None = None,
 ) -> tuple[list[list[int]], list[int]]:  # fmt: skip
     """Return the token ids of every candidate behind its prompt, and how many of them are the candidate's.
 
-    The number of a candidate's tokens is counted on whole strings, len(tok(prompt + candidate)) - len(tok(prompt)),
-    because a tokenizer may merge across the seam. A prompt longer than `max_length` loses tokens on its left, as many
-    for each candidate of an example, so that all of them keep the same context; a BOS stays.
+    The number of a candidate's tokens is counted on whole strings, len(tok(prompt + candidate)) -
+    len(tok(prompt)), because a tokenizer may merge across the seam. A prompt longer than `max_length`
+    loses tokens on its left, as many for each candidate of an example, so that all of them keep the
+    same context; a BOS stays.
 
     Args:
         task: gives the text between demonstrations, `train_sep`.
@@ -109,8 +121,8 @@ def encode_prompt(
 
 
 def prompt_tokens(
-    task, template, train_samples, eval_sample, tokenizer, max_length, sfc=False, icl_sfc=False, generation=False,
-    generation_with_gold=False, max_new_tokens=None,
+    task, template, train_samples, eval_sample, tokenizer, max_length, sfc=False, icl_sfc=False,
+    generation=False, generation_with_gold=False, max_new_tokens=None,
 ) -> tuple[list[list[int]], list[int], int]:  # fmt: skip
     """Return what `encode_prompt` returns, and how many tokens the longest candidate lost on its left."""
     calibrated = sfc or icl_sfc
@@ -129,32 +141,35 @@ def prompt_tokens(
     full_texts = texts
     if not sfc:
         full_texts = [(demonstrations + task.train_sep + text).lstrip().strip(" ") for text in texts]
-    distinct = list(dict.fromkeys([prompt, *texts, *full_texts]))
-    ids = dict(zip(distinct, tokenizer(distinct, return_attention_mask=False, verbose=False)["input_ids"], strict=True))
-    option_lens = [len(ids[text]) - len(ids[prompt]) for text in texts]
-    encodings = [ids[text] for text in full_texts]
+    distinct_texts = list(dict.fromkeys([prompt, *texts, *full_texts]))
+    encoded = tokenizer(distinct_texts, return_attention_mask=False, verbose=False)
+    ids_of = dict(zip(distinct_texts, encoded["input_ids"], strict=True))
+    option_lens = [len(ids_of[text]) - len(ids_of[prompt]) for text in texts]
+    encodings = [ids_of[text] for text in full_texts]
     open_ended = generation and not generation_with_gold
     if not open_ended:
         encodings = with_first_token(encodings, option_lens, eval_sample, texts, tokenizer)
     room = max_length - (max_new_tokens or 0 if generation else 0)
-    cut = max(0, max(map(len, encodings)) - room)
-    keep = int(cut > 0 and encodings[0][0] == tokenizer.bos_token_id)
-    if cut:
-        encodings = [ids[:keep] + ids[keep + cut :] for ids in encodings]
-    if any(len(ids) - n - keep < 1 for ids, n in zip(encodings, option_lens, strict=True)):
-        beside = "an answer" if open_ended else f"an option of {max(option_lens)} tokens"
+    num_cut = max(0, max(map(len, encodings)) - room)
+    num_bos = int(num_cut > 0 and encodings[0][0] == tokenizer.bos_token_id)
+    if num_cut:
+        encodings = [ids[:num_bos] + ids[num_bos + num_cut :] for ids in encodings]
+    if any(len(ids) - n - num_bos < 1 for ids, n in zip(encodings, option_lens, strict=True)):
+        target = "an answer" if open_ended else f"an option of {max(option_lens)} tokens"
         answer = f" and --max_new_tokens {max_new_tokens}" if generation and max_new_tokens else ""
         raise UsageError(
-            f"--max_length {max_length}{answer} leaves no prompt token beside {beside} (example {eval_sample.id}); "
-            f"give --max_length {max_length - room + max(option_lens) + keep + 1} or more"
+            f"--max_length {max_length}{answer} leaves no prompt token beside {target} "
+            f"(example {eval_sample.id}); "
+            f"give --max_length {max_length - room + max(option_lens) + num_bos + 1} or more"
         )
-    return encodings, option_lens, cut
+    return encodings, option_lens, num_cut
 
 
 def with_first_token(encodings, option_lens, eval_sample, texts, tokenizer) -> list[list[int]]:
-    """Return the encodings with a token in front of bare options, which something must predict the first token of.
+    """Return the encodings, with a token in front where an option has no prompt.
 
-    A bare label word comes of a calibration prompt on a tokenizer without BOS.
+    The model needs a token from which it predicts the option's first token. A calibration prompt can be empty
+    with a tokenizer that writes no BOS.
 
     Raises:
         UsageError: an option has no token.
@@ -169,11 +184,11 @@ def with_first_token(encodings, option_lens, eval_sample, texts, tokenizer) -> l
 
 
 def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list[int], list[int], int]:
-    """Return token ids of a text to be learned, the positions to be learned, and how many were cut on the left.
+    """Return the token ids of a training text, the positions to be learned, and the number cut on the left.
 
-    A row with `messages` goes through the tokenizer's chat template, and what is learned is what the assistant says,
-    the end of its turn included. A row with `prompt` and `response` is the two strings and an end-of-text token, and
-    the response is learned.
+    A row with `messages` goes through the tokenizer's chat template, and what is learned is what the
+    assistant says, the end of its turn included. A row with `prompt` and `response` is the two strings and an
+    end-of-text token, and the response is learned.
 
     Args:
         row: the columns.
@@ -181,8 +196,8 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
         where: the row's place, for errors.
 
     Raises:
-        UsageError: the tokenizer has no chat template, or a template whose text for the first turns is not the
-            beginning of its text for all; or no token to learn is left.
+        UsageError: the tokenizer has no chat template, or a template whose text for the first turns is not
+            the beginning of its text for all; or no token to learn is left.
     """
     is_chat = "messages" in row
     if is_chat:
@@ -192,26 +207,27 @@ def text_tokens(tokenizer, row: dict, max_length: int, where: str) -> tuple[list
         spans = [(len(row["prompt"]), len(text))]
     # A chat template writes the special tokens itself.
     encoded = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
-    ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-    learned = [p for p, end in enumerate(ends) if any(start < end <= stop for start, stop in spans)]
+    ids = list(encoded["input_ids"])
+    ends = [end for _, end in encoded["offset_mapping"]]
+    positions = [p for p, end in enumerate(ends) if any(start < end <= stop for start, stop in spans)]
     if not is_chat:
-        learned.append(len(ids))
+        positions.append(len(ids))
         ids.append(tokenizer.eos_token_id)
-    cut = max(0, len(ids) - max_length)
-    keep = int(cut > 0 and ids[0] == tokenizer.bos_token_id)
-    ids = ids[:keep] + ids[keep + cut :]
-    learned = [p - cut for p in learned if p - cut > 0]
-    if not learned:
+    num_cut = max(0, len(ids) - max_length)
+    num_bos = int(num_cut > 0 and ids[0] == tokenizer.bos_token_id)
+    ids = ids[:num_bos] + ids[num_bos + num_cut :]
+    positions = [p - num_cut for p in positions if p - num_cut > 0]
+    if not positions:
         raise UsageError(f"{where}: no token to learn within --max_length {max_length}")
-    return ids, learned, cut
+    return ids, positions, num_cut
 
 
 def chat_text(tokenizer, turns: list[dict], where: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a chat, and the (start, end) of what the assistant says in it, in characters.
+    """Return the text of a chat, and the (start, end) of the assistant's turns in this text, in characters.
 
     Raises:
-        UsageError: there is no chat template, it refuses these turns, or it rewrites earlier turns when later ones
-            follow.
+        UsageError: there is no chat template, it refuses these turns, or it rewrites earlier
+            turns when later ones follow.
     """
     if not tokenizer.chat_template:
         raise UsageError("the model's tokenizer has no chat template; columns prompt and response need none")
@@ -226,8 +242,9 @@ def chat_text(tokenizer, turns: list[dict], where: str) -> tuple[str, list[tuple
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before, after = render(i, add_generation_prompt=True), render(i + 1)
-        if not (text.startswith(after) and after.startswith(before)):
+        prompt = render(i, add_generation_prompt=True)
+        prompt_and_answer = render(i + 1)
+        if not (text.startswith(prompt_and_answer) and prompt_and_answer.startswith(prompt)):
             raise UsageError(f"{where}: the chat template rewrites earlier turns when later ones follow")
-        spans.append((len(before), len(after)))
+        spans.append((len(prompt), len(prompt_and_answer)))
     return text, spans

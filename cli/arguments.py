@@ -1,9 +1,9 @@
 """Every choice of a run: the flags, and what they default to.
 
-A dataclass holds each group of flags; `OurArguments` is all of them with the library's. How words become arguments
-stands in command_line.py, which choices exclude each other in validation.py. Defaults that depend on other choices
-come from a table (defaults.py) and are resolved once, here. Constructing arguments has no effect on the process, and
-nothing writes to them afterwards: what depends on the task is a copy (`for_task`).
+A dataclass holds each group of flags; `OurArguments` is all of them with the library's. How words become
+arguments stands in command_line.py, which choices exclude each other in validation.py. Defaults that depend
+on other choices come from a table (defaults.py) and are resolved once, here. Constructing arguments has no
+effect on the process, and nothing writes to them afterwards: what depends on the task is a copy (`for_task`).
 """
 
 import copy
@@ -37,9 +37,12 @@ class DataFlags:
 
     task_name: str = flag("SST2", "one of " + ", ".join(TASKS) + "; or own: see the flags of own data")
     data_dir: str | None = flag(
-        None, "read DIR/<task>/{train,validation}.jsonl (own: DIR/{train,validation}.jsonl) instead of the hub"
+        None,
+        "read DIR/<task>/{train,validation}.jsonl (own: DIR/{train,validation}.jsonl) instead of the hub",
     )
-    num_train: int | None = flag(None, "training rows, or demonstrations with --trainer none (default: all, or 0)")
+    num_train: int | None = flag(
+        None, "training rows, or demonstrations with --trainer none (default: all, or 0)"
+    )
     num_dev: int | None = flag(None, "rows from the end of the training draw to choose checkpoints on")
     num_eval: int | None = flag(None, "validation rows to evaluate on (default: all)")
     num_train_sets: int | None = flag(None, "repeat with this many training sets, seeds s, s+1, …")
@@ -49,8 +52,8 @@ class DataFlags:
     predictions: str | None = flag(None, "write one JSON line per evaluated example to this file")
     metric: str | None = flag(
         None,
-        "choose the best checkpoint by accuracy, macro_f1 or loss; by f1 or em of generated answers; by loss or "
-        "perplexity of texts (default: the first of these)",
+        "choose the best checkpoint by accuracy, macro_f1 or loss; by f1 or em of generated answers; "
+        "by loss or perplexity of texts (default: the first of these)",
     )
     verbose: bool = flag(False, "print the first prompt as the model sees it, with the scores of its options")
     no_eval: bool = flag(False, "no evaluation on the validation rows at the end")
@@ -97,9 +100,12 @@ class ModelFlags:
         None, "with --device_map: where layers go that can't be read from the model's own files"
     )
     no_auto_device: bool = flag(
-        False, "of MeZO's commands: the model stays on one device, as it does here unless --device_map is given"
+        False,
+        "of MeZO's commands: the model stays on one device, as it does here unless --device_map is given",
     )
-    trust_remote_code: bool = flag(False, "run the code that comes with a model; without it such a model is refused")
+    trust_remote_code: bool = flag(
+        False, "run the code that comes with a model; without it such a model is refused"
+    )
     max_length: int = flag(2048, "longest prompt in tokens; longer ones are cut on the left")
     sfc: bool = flag(False, "calibrated scores: minus the score of the option without the input")
     icl_sfc: bool = flag(False, "as --sfc, but the demonstrations stay in front of the missing input")
@@ -153,7 +159,9 @@ class TrainingFlags:
     lr_scheduler_type: str | None = flag(
         None, "schedule (default: constant under zo, linear to 0 with --zo_normalize or regular)"
     )
-    max_grad_norm: float | None = flag(None, "zo: bound on |g| (default: 0, off); regular: of the gradient (1)")
+    max_grad_norm: float | None = flag(
+        None, "zo: bound on |g| (default: 0, off); regular: of the gradient (1)"
+    )
     save_on_interrupt: bool = flag(
         False, "on SIGTERM, SIGINT or SIGUSR1 finish the step, save and exit with 75: the command goes on"
     )
@@ -172,7 +180,9 @@ class ZerothOrderFlags:
     zo_distribution: str = flag(
         "gaussian", "of directions: gaussian or rademacher (±1)", choices=["gaussian", "rademacher"]
     )
-    zo_optim: str = flag("sgd", "sgd, momentum (0.9) or adamw, for adapters", choices=["sgd", "momentum", "adamw"])
+    zo_optim: str = flag(
+        "sgd", "sgd, momentum (0.9) or adamw, for adapters", choices=["sgd", "momentum", "adamw"]
+    )
     zo_batched: str = flag(
         "auto", "both signs and all queries in one forward: auto, on or off", choices=["auto", "on", "off"]
     )
@@ -239,12 +249,15 @@ class BoostingFlags:
     xgblora: bool = flag(False, "boost with rank-1 adapters: train, merge, start afresh")
     xgblora_steps_per_iteration: int = flag(0, "merge every N steps; 0 merges by epochs")
     xgblora_merge_frequency: int = flag(1, "merge every n epochs (where steps are off)")
-    xgblora_ensemble: bool = flag(False, "boosters stay beside the weights as one growing adapter: nothing is rounded")
+    xgblora_ensemble: bool = flag(
+        False, "boosters stay beside the weights as one growing adapter: nothing is rounded"
+    )
     xgblora_rank_schedule: str | None = flag(
         None, "rank of each round, the last one for all to come: 1,1,2,4 (default: 1)"
     )
     xgblora_layers: str = flag(
-        "all", "adapt all decoder layers, the upper ones (top:N, top:half), or N drawn anew each round (random:N)"
+        "all",
+        "adapt all decoder layers, the upper ones (top:N, top:half), or N drawn anew each round (random:N)",
     )
     xgblora_adaptive: bool = flag(
         False, "line search of each booster's step length on the dev rows' loss; a stalled round ends early"
@@ -273,9 +286,13 @@ class RankFlags:
     """Several ranks under torchrun."""
 
     zo_parallel: str = flag(
-        "data", "ranks divide the batch (data) or the directions of a step (queries)", choices=["data", "queries"]
+        "data",
+        "ranks divide the batch (data) or the directions of a step (queries)",
+        choices=["data", "queries"],
     )
-    rank_check_steps: int = flag(100, "compare the trained weights of all ranks every n steps (0: when saving)")
+    rank_check_steps: int = flag(
+        100, "compare the trained weights of all ranks every n steps (0: when saving)"
+    )
     ddp_timeout: int = flag(600, "seconds until a rank that does not answer is given up")
     log_level_replica: str = "error"  # rank 0 speaks for all
 
@@ -333,12 +350,14 @@ class OurArguments(
             self.lora_r = self.ranks[0] if self.ranks else 1 if self.xgblora else 8
         if self.lr_scheduler_type is None:
             falls = not zeroth_order or self.zo_normalize
-            self.lr_scheduler_type = "linear" if falls else "constant_with_warmup" if self.warmup_steps else "constant"
+            self.lr_scheduler_type = (
+                "linear" if falls else "constant_with_warmup" if self.warmup_steps else "constant"
+            )
         # Under a constant rate a run may be prolonged: its length says nothing.
         steps = 0 if self.lr_scheduler_type == "constant" else self.max_steps
         learning_rate, eps = default_rates(
             self.trainer, self.mode, self.zo_normalize, self.lora_freeze_a, self.lora_alpha / self.lora_r,
-            upper=self.xgblora_layers == "top:half", steps=steps,
+            upper_half=self.xgblora_layers == "top:half", steps=steps,
         )  # fmt: skip
         self.learning_rate = learning_rate if self.learning_rate is None else self.learning_rate
         self.zo_eps = eps if self.zo_eps is None else self.zo_eps
@@ -349,13 +368,14 @@ class OurArguments(
         """Set what the library's Trainer reads and this program decides."""
         self.remove_unused_columns = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self.logging_nan_inf_filter = self.logging_nan_inf_filter and self.trainer != "zo"  # it would log NaN as 0
+        if self.trainer == "zo":  # the filter would log NaN as 0
+            self.logging_nan_inf_filter = False
         self.activation_checkpointing = self.gradient_checkpointing  # the library's name of today
         self.sharded = bool(self.fsdp)
         self.fsdp = None  # distributed/sharding.py divides the weights: the library does so on GPUs only
 
     def for_task(self, task) -> "OurArguments":
-        """Return a copy in which objective and metric of the best checkpoint are those of a task.
+        """Return a copy whose objective and metric of the best checkpoint are those of a task.
 
         Raises:
             UsageError: for choices that this task has no use for.
@@ -392,7 +412,7 @@ class OurArguments(
             "head": self.head_tuning,
             "probe": self.linear_probing,
         }
-        return next((mode for mode, on in modes.items() if on), "ft")
+        return next((mode for mode, is_trained in modes.items() if is_trained), "ft")
 
     @property
     def learns(self) -> bool:
@@ -401,18 +421,18 @@ class OurArguments(
 
     @property
     def n_gpu(self) -> int:
-        """At most 1, so that the library never uses DataParallel."""
+        """GPUs of this process: at most 1, so that the library never uses DataParallel."""
         return min(1, super().n_gpu)
 
     @property
-    def shares(self) -> int:
-        """Into how many parts the ranks divide a batch."""
+    def data_parallel_size(self) -> int:
+        """Number of parts into which the ranks divide a batch."""
         return collectives.world_size() if self.zo_parallel == "data" else 1
 
     @property
     def train_batch_size(self) -> int:
         """Rows that are drawn at a time, for all ranks."""
-        return self.per_device_train_batch_size * self.shares
+        return self.per_device_train_batch_size * self.data_parallel_size
 
     @property
     def process_index(self) -> int:
@@ -421,7 +441,7 @@ class OurArguments(
     local_process_index = process_index  # what a single rank does, rank 0 does, and not one rank of each node
 
     def to_dict(self) -> dict:
-        """All arguments; the library hides what is called a token, as if it were a secret."""
+        """Return all arguments; the library hides fields called a token, as if they were secrets."""
         return {**super().to_dict(), "eos_token": self.eos_token}
 
     def announce(self) -> None:
@@ -433,7 +453,7 @@ class OurArguments(
             logger.warning(line)
 
     def run_dir(self, train_set: int) -> Path:
-        """Output directory of one training set: by default one that no other task, mode or seed shares."""
+        """Return the output directory of a training set; by default no other task, mode or seed shares it."""
         if self.given_output_dir:
             several = (self.num_train_sets or 1) > 1
             return Path(self.output_dir) / f"trainset{train_set}" if several else Path(self.output_dir)

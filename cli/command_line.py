@@ -38,7 +38,7 @@ XGBLORA_QUICKSTART.md. Data of your own, models, tasks: README.md.
 """
 
 # What `--help` shows; `--help all` shows the rest too.
-COMMON: dict[str, tuple[str, ...]] = {
+COMMON_FLAGS: dict[str, tuple[str, ...]] = {
     "data": ("task_name", "data_dir", "num_train", "num_dev", "num_eval", "train_set_seed"),
     "own data (--task_name own)": ("template", "label_words", "label_column"),
     "model": ("model_name", "load_bfloat16", "max_length", "adapter"),
@@ -147,7 +147,7 @@ class FlagParser(HfArgumentParser):
         if full:
             sections |= self.groups
         else:
-            sections |= {title: [flags[name] for name in names] for title, names in COMMON.items()}
+            sections |= {title: [flags[name] for name in names] for title, names in COMMON_FLAGS.items()}
         formatter = self._get_formatter()
         formatter.add_text(
             "python run.py [flags]: fine-tune and evaluate language models with forward passes only"
@@ -182,8 +182,8 @@ class TextLoader(yaml.SafeLoader):
 
 
 TextLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    character: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+    for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
@@ -286,12 +286,12 @@ def take_recipe(parser: FlagParser, words: list[str]) -> None:
     """Make the values of a `--recipe` the defaults of their flags: a flag on the command line wins."""
     recipe = RECIPES.get(parser.parse_known_args(words)[0].recipe, {})
     parser.set_defaults(**recipe)
-    chosen = parser.parse_known_args(words)[0]
+    flags = parser.parse_known_args(words)[0]
     if "learning_rate" in recipe:
-        steps = 0 if chosen.lr_scheduler_type == "constant" else chosen.max_steps
+        steps = 0 if flags.lr_scheduler_type == "constant" else flags.max_steps
         parser.set_defaults(learning_rate=scale_rate_by_length(recipe["learning_rate"], steps))
-    if chosen.objective or chosen.non_diff or not chosen.xgblora_layers.startswith("top"):
-        parser.set_defaults(zo_cache_activations=False)  # they have no use for it
+    if flags.objective or flags.non_diff or not flags.xgblora_layers.startswith("top"):
+        parser.set_defaults(zo_cache_activations=False)  # these flags have no use for the cache
 
 
 def parse(argv: list[str] | None = None) -> OurArguments:
@@ -306,9 +306,9 @@ def parse(argv: list[str] | None = None) -> OurArguments:
         files = parser.parse_known_args(words)[0].config or []
         words = [word for path in files for word in read_config(parser, path)] + words
         take_recipe(parser, words)
-        values, unknown = parser.parse_known_args(words)
-        if unknown:
-            word = unknown[0].split("=")[0]
+        values, unknown_words = parser.parse_known_args(words)
+        if unknown_words:
+            word = unknown_words[0].split("=")[0]
             refuse_unknown(parser, word.lstrip("-").replace("-", "_"), word)
         names = {field.name for field in dataclasses.fields(OurArguments)}
         return OurArguments(**{name: value for name, value in vars(values).items() if name in names})

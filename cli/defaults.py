@@ -57,7 +57,7 @@ def default_rates(
     normalize: bool,
     freeze_a: bool,
     scaling: float,
-    upper: bool = False,
+    upper_half: bool = False,
     steps: int = 0,
 ) -> tuple[float, float | None]:
     """Return the (learning rate, eps) of the table for these choices, (0, None) where there is no training.
@@ -69,7 +69,7 @@ def default_rates(
     Args:
         trainer, mode, normalize, freeze_a: the key of the table.
         scaling: alpha / rank.
-        upper: whether the upper half of the layers is adapted.
+        upper_half: whether the upper half of the layers is adapted.
         steps: length of the run; 0 where it is not known.
     """
     zeroth_order = trainer == "zo"
@@ -79,7 +79,7 @@ def default_rates(
         learning_rate = scale_rate_by_length(learning_rate, steps)
     if zeroth_order and freeze_a:
         ratio = SEARCHED_SCALING / scaling
-        learning_rate *= 2 if upper and normalize else 1
+        learning_rate *= 2 if upper_half and normalize else 1
         learning_rate *= ratio ** (1 if normalize else 2)
         eps *= ratio
     return learning_rate, eps
@@ -131,7 +131,7 @@ def training_block(args) -> dict[str, str]:
     """Return {name: value} of the settings that both trainers have."""
     accumulated = args.gradient_accumulation_steps
     batch = f"{args.train_batch_size}" + (f" x {accumulated}" if accumulated > 1 else "")
-    batch += f", divided among {args.shares} ranks" if args.shares > 1 else ""
+    batch += f", divided among {args.data_parallel_size} ranks" if args.data_parallel_size > 1 else ""
     batch += ", and so are the weights" if args.sharded else ""
     loss = "classification" if args.train_as_classification else "language modelling"
     return {

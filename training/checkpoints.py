@@ -154,12 +154,12 @@ def newest_checkpoint(output_dir) -> Path | None:
     return None
 
 
-def differences(saved: dict, settings: dict) -> str:
+def describe_difference(saved_settings: dict, settings: dict) -> str:
     """Return what differs between the settings of a saved run and of this run; empty where nothing does."""
     return "; ".join(
-        f"{name} {saved.get(name)!r} there, {settings.get(name)!r} now"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
+        f"{name} {saved_settings.get(name)!r} there, {settings.get(name)!r} now"
+        for name in sorted(saved_settings.keys() | settings.keys())
+        if saved_settings.get(name) != settings.get(name)
     )
 
 
@@ -170,14 +170,14 @@ def refuse_other_run(checkpoint: Path, settings: dict) -> None:
         UsageError: the checkpoint has another format, or belongs to a run with other settings, which are
             named.
     """
-    saved = json.loads((checkpoint / SETTINGS).read_text())
-    if saved.pop("format", 1) != FORMAT:
+    saved_settings = json.loads((checkpoint / SETTINGS).read_text())
+    if saved_settings.pop("format", 1) != FORMAT:
         reason = "was written by an earlier version of this program: --overwrite starts afresh"
         raise UsageError(f"{checkpoint} {reason}")
-    differ = differences(saved, settings)
-    if differ:
+    difference = describe_difference(saved_settings, settings)
+    if difference:
         advice = "give another --output_dir, or --overwrite"
-        raise UsageError(f"{checkpoint.parent} holds another run ({differ}): {advice}")
+        raise UsageError(f"{checkpoint.parent} holds another run ({difference}): {advice}")
 
 
 # ---- the lock ----
