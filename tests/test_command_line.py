@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import run
-from cli.command_line import COMMON_FLAGS, EXAMPLES, GROUPS, REMOVED, FlagParser, parse
+from cli.command_line import COMMON, EXAMPLES, GROUPS, REMOVED, FlagParser, parse
 from cli.defaults import RECIPES
 from cli.inherited_flags import DESCRIPTIONS
 from utils import UsageError
@@ -61,14 +61,14 @@ def test_values_are_what_the_command_line_would_make_of_them(config):
         "label_words": '{"no": "terrible", "1": "great"}', "no_reparam": False, "task_name": "own",
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.save_strategy == "no" and args.lr_scheduler_type == "cosine_with_min_lr"
+    assert args.save_strategy == "no"
+    assert args.lr_scheduler_type == "cosine_with_min_lr"
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_a_recipe(config):
     recipe = RECIPES["fast"]
-    file = config(
-        "recipe: fast\ntrainer: zo\nxgblora_steps_per_iteration: 7\nseed: 3\nlora_freeze_a: false\n"
-    )
+    text = "recipe: fast\ntrainer: zo\nxgblora_steps_per_iteration: 7\nseed: 3\nlora_freeze_a: false\n"
+    file = config(text)
     args = parse([*file, "--seed", "5"])
     assert (args.seed, args.xgblora_steps_per_iteration, args.lora_freeze_a) == (5, 7, False)
     assert args.xgblora and args.xgblora_layers == recipe["xgblora_layers"] and args.zo_normalize
@@ -130,9 +130,8 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     for path, words in ((tmp_path / "no.yaml", "No such file"), (tmp_path, "directory")):
         assert run.main(["--config", str(path)]) == 2
         line = capsys.readouterr().err
-        assert (
-            line.startswith(f"run.py: error: --config {path}: ") and words in line and line.count("\n") == 1
-        )
+        assert line.startswith(f"run.py: error: --config {path}: ")
+        assert words in line and line.count("\n") == 1
 
 
 def test_a_file_runs(config, model_dir, data_dir, tmp_path, monkeypatch):
@@ -149,10 +148,8 @@ def test_a_file_runs(config, model_dir, data_dir, tmp_path, monkeypatch):
 def test_a_removed_flag_says_so(name, capsys):
     assert run.main(["--trainer", "zo", f"--{name}", "3"]) == 2
     error = capsys.readouterr().err
-    assert (
-        error
-        == f"run.py: error: --{name} was removed: it lost in our measurements (research/EXPERIMENTS.md)\n"
-    )
+    reason = "it lost in our measurements (research/EXPERIMENTS.md)"
+    assert error == f"run.py: error: --{name} was removed: {reason}\n"
 
 
 UNKNOWN = {"--lorra": "did you mean --lora?", "--zo-ep": "did you mean --zo_eps?",
@@ -179,12 +176,10 @@ def test_no_flags_show_how_to_begin(capsys, monkeypatch):
 
 def test_the_examples_are_understood():
     text = EXAMPLES.replace("\\\n", " ")
-    lines = [
-        line.partition("#")[0].split() for line in text.splitlines() if line.startswith("  python run.py")
-    ]
-    assert len(lines) == 2
-    for words in lines:
-        parse(words[2:])
+    commands = [line for line in text.splitlines() if line.startswith("  python run.py")]
+    assert len(commands) == 2
+    for command in commands:
+        parse(command.partition("#")[0].split()[2:])
 
 
 def help_of(capsys, *words: str) -> str:
@@ -197,13 +192,14 @@ def help_of(capsys, *words: str) -> str:
 @pytest.mark.parametrize("columns", ["80", "200"])
 def test_help_shows_common_flags_and_help_all_the_rest(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    short, full = help_of(capsys), help_of(capsys, "all")
+    short = help_of(capsys)
+    full = help_of(capsys, "all")
     names = {word for line in full.splitlines() for word in line.split() if word.startswith("--")}
     for name in FlagParser().names:
         assert f"--{name}" in names
-        common = any(name in group for group in COMMON_FLAGS.values())
+        common = any(name in group for group in COMMON.values())
         assert any(line.strip().split()[:1] == [f"--{name}"] for line in short.splitlines()) == common
-    assert 25 <= sum(map(len, COMMON_FLAGS.values())) <= 40 and len(short.splitlines()) <= 110
+    assert 25 <= sum(map(len, COMMON.values())) <= 40 and len(short.splitlines()) <= 110
     assert all(len(line) <= int(columns) for line in short.splitlines())
     assert "None" not in full and "--push_to_hub" not in full and "--xgblora_a_warmup" not in full
     assert help_of(capsys, "all") == full  # a second parser in the same process has the groups too

@@ -35,7 +35,8 @@ TRAINERS = ("zo", "regular")
 def test_each_field_of_the_library_stands_in_one_table():
     tables = [*SUPPORTED, *REFUSED, *REDEFINED]
     assert sorted(tables) == sorted(field.name for field in dataclasses.fields(TrainingArguments))
-    assert set(REDEFINED) <= {name for flags in arguments.FLAG_GROUPS.values() for name in flags.__annotations__}
+    flags_of_groups = [flags.__annotations__ for flags in arguments.FLAG_GROUPS.values()]
+    assert set(REDEFINED) <= set(itertools.chain.from_iterable(flags_of_groups))
     assert set(inherited_flags.DERIVED) <= set(REFUSED)
 
 
@@ -43,7 +44,8 @@ def test_the_parser_has_the_supported_flags_and_our_own():
     from cli.command_line import REMOVED, FlagParser
 
     options = FlagParser()._option_string_actions
-    expected = {field.name for field in dataclasses.fields(arguments.OurArguments)} - set(REFUSED) - set(REMOVED)
+    fields = {field.name for field in dataclasses.fields(arguments.OurArguments)}
+    expected = fields - set(REFUSED) - set(REMOVED)
     assert {action.dest for action in options.values()} == expected | {"help", "config"}
     for option in options:
         name = option.lstrip("-").replace("-", "_")
@@ -112,10 +114,10 @@ class Run(NamedTuple):
 class Recorder(TrainerCallback):
     """Stands in for an integration of `--report_to`: keeps the logs and names that reach it."""
 
-    seen: list = []  # noqa: RUF012
+    entries: list = []  # noqa: RUF012
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.seen.append((args.run_name, state.global_step, logs))
+        self.entries.append((args.run_name, state.global_step, logs))
 
 
 BASE = "--lora --max_steps 4 --logging_steps 1 --learning_rate 1e-2 --per_device_train_batch_size 4"
@@ -133,56 +135,68 @@ def started(model_dir, data_dir, tmp_path_factory):
 
     def start(flags: str, evaluations: tuple = ()) -> Run:
         if (flags, evaluations) not in cache:
-            cache[flags, evaluations] = new(flags, evaluations)
+            folder = tmp_path_factory.mktemp("run")
+            words = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {folder / 'out'}"
+            words += f" --result_file {folder / 'result.json'} {flags}"
+            cache[flags, evaluations] = start_run(words.split(), evaluations, folder / "out")
         return cache[flags, evaluations]
-
-    def new(flags: str, evaluations: tuple) -> Run:
-        folder, trainers, infos = tmp_path_factory.mktemp("run"), [], []
-        left, evaluate, finish = iter(evaluations), run.Framework.evaluate, OurTrainer.finish
-        verbosity, library = transformers.logging.get_verbosity(), logging.getLogger("transformers.trainer")
-
-        def finishing(trainer, *args):
-            trainers.append(trainer)
-            finish(trainer, *args)
-
-        class Counter(logging.Handler):
-            def emit(self, record):
-                infos.append(record)
-
-        handler = Counter(logging.INFO)
-        words = f"--model_name {model_dir} --data_dir {data_dir} --output_dir {folder / 'out'}"
-        words += f" --result_file {folder / 'result.json'} {flags}"
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
-            patch.setattr(OurTrainer, "finish", finishing)
-            if evaluations:
-                given = (dict(zip(("accuracy", "loss"), values, strict=True)) for values in left)
-                patch.setattr(run.Framework, "evaluate", lambda self, *a, **k: next(given, {}))
-            patch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
-            patch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
-            library.addHandler(handler)
-            try:
-                assert run.main(words.split()) == 0, stderr.getvalue()
-            finally:
-                library.removeHandler(handler)
-                transformers.logging.set_verbosity(verbosity)
-        assert run.Framework.evaluate is evaluate
-        trainer = trainers[0]
-        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        return Run(
-            trainer.state.log_history,
-            trainer.state,
-            trainer,
-            weights,
-            folder / "out",
-            stderr.getvalue(),
-            len(infos),
-        )
 
     return start
 
 
+class Recorded(logging.Handler):
+    """Keeps the INFO messages of a logger."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+def start_run(words: list[str], evaluations: tuple, folder: Path) -> Run:
+    """Run these flags, with these evaluations in place of the real ones."""
+    trainers = []
+    evaluate = run.Framework.evaluate
+    finish = OurTrainer.finish
+    verbosity = transformers.logging.get_verbosity()
+    library = logging.getLogger("transformers.trainer")
+    handler = Recorded()
+    metrics = iter([dict(zip(("accuracy", "loss"), values, strict=True)) for values in evaluations])
+    integrations = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
+
+    def recording_finish(trainer, *args):
+        trainers.append(trainer)
+        finish(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        patch.setattr(OurTrainer, "finish", recording_finish)
+        if evaluations:
+            patch.setattr(run.Framework, "evaluate", lambda self, *a, **k: next(metrics, {}))
+        patch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+        patch.setitem(integrations, "tensorboard", Recorder)
+        library.addHandler(handler)
+        try:
+            assert run.main(words) == 0, stderr.getvalue()
+        finally:
+            library.removeHandler(handler)
+            transformers.logging.set_verbosity(verbosity)
+    assert run.Framework.evaluate is evaluate
+    trainer = trainers[0]
+    return Run(
+        log=trainer.state.log_history,
+        state=trainer.state,
+        trainer=trainer,
+        weights={name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        folder=folder,
+        stderr=stderr.getvalue(),
+        infos=len(handler.records),
+    )
+
+
 def same(a: Run, b: Run) -> bool:
-    """Whether two runs end with the same bits."""
+    """Return whether two runs end with the same bits."""
     return all(torch.equal(value, b.weights[name]) for name, value in a.weights.items())
 
 
@@ -246,8 +260,8 @@ def log_goes_where_it_should(result: Run, plain: Run) -> None:
     assert result.steps("loss") == [1, 3]
     assert "4/4" in result.stderr and "4/4" not in plain.stderr  # the progress bar
     assert result.infos > 0 == plain.infos
-    assert {name for name, _, _ in Recorder.seen} == {"trial"}
-    assert [step for _, step, logs in Recorder.seen if "loss" in logs] == [1, 3]
+    assert {name for name, _, _ in Recorder.entries} == {"trial"}
+    assert [step for _, step, logs in Recorder.entries if "loss" in logs] == [1, 3]
 
 
 def no_log_and_the_same_weights(result: Run, plain: Run) -> None:
@@ -360,7 +374,12 @@ TABLE = {
     ),
     "decay": Case("weight_decay", "--weight_decay 10", matrices_decay_and_norms_do_not, base=FULL),
     "autocast": Case("bf16 use_cpu", "--bf16 --use_cpu", losses_are_rounded_and_weights_are_not),
-    "bounded steps": Case("max_grad_norm", "--max_grad_norm 0.01", projected_gradients_are_bounded, trainers=("zo",)),
+    "bounded steps": Case(
+        "max_grad_norm",
+        "--max_grad_norm 0.01",
+        projected_gradients_are_bounded,
+        trainers=("zo",),
+    ),
 }
 ROWS = [(name, trainer) for name, case in TABLE.items() for trainer in case.trainers]
 
@@ -368,14 +387,15 @@ ROWS = [(name, trainer) for name, case in TABLE.items() for trainer in case.trai
 @pytest.mark.parametrize("name, trainer", ROWS)
 def test_flag(started, name, trainer):
     case = TABLE[name]
-    Recorder.seen.clear()
+    Recorder.entries.clear()
     plain = started(f"--trainer {trainer} {BASE if case.base in (LONG, SHORT) else case.base}")
     case.check(started(f"--trainer {trainer} {case.base} {case.words}", case.evaluations), plain)
 
 
 # ---- back-propagation ----
 
-STEP = BASE.replace("--max_steps 4", "--max_steps 1") + " --trainer regular --max_grad_norm 0 --save_strategy no"
+STEP = BASE.replace("--max_steps 4", "--max_steps 1")
+STEP += " --trainer regular --max_grad_norm 0 --save_strategy no"
 
 
 def test_betas_and_epsilon_of_adamw(started):
@@ -397,10 +417,11 @@ def test_a_gradient_is_clipped(started):
 
 def test_momentum_of_sgd(started):
     sgd = f"{STEP} --optim sgd --learning_rate 1 --lr_scheduler_type constant --max_steps 3"
-    plain, heavy = started(sgd), started(f"{sgd} --optim_args momentum=0.5")
+    plain = started(sgd)
+    momentum = started(f"{sgd} --optim_args momentum=0.5")
     assert plain.trainer.optimizer.param_groups[0]["momentum"] == 0
-    assert heavy.trainer.optimizer.param_groups[0]["momentum"] == 0.5
-    assert heavy.losses[:2] == plain.losses[:2] and heavy.losses[2] != plain.losses[2]
+    assert momentum.trainer.optimizer.param_groups[0]["momentum"] == 0.5
+    assert momentum.losses[:2] == plain.losses[:2] and momentum.losses[2] != plain.losses[2]
 
 
 CLASSES = {
@@ -433,9 +454,16 @@ def test_another_optimizer_is_refused(capsys):
 def test_gradient_checkpointing_computes_twice_and_ends_with_the_same_weights(started, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    calls, forward = [], LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, *a: calls.append(self.training) or forward(self, *a))
-    counts, runs = [], []
+    calls = []
+    forward = LlamaMLP.forward
+
+    def counted(self, *args):
+        calls.append(self.training)
+        return forward(self, *args)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    counts = []
+    runs = []
     for more in ("--run_name plain", "--gradient_checkpointing"):  # a name of its own: not out of the cache
         calls.clear()
         runs.append(started(f"{STEP} --max_steps 2 {more}"))
@@ -478,16 +506,16 @@ def test_autocast_on_a_cpu_is_asked_for(capsys):
 
 
 def test_each_supported_flag_is_covered():
-    shown = set(itertools.chain.from_iterable(case.names.split() for case in TABLE.values()))
-    shown |= {
+    covered = set(itertools.chain.from_iterable(case.names.split() for case in TABLE.values()))
+    covered |= {  # by tests of their own, above
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",
         "optim",
         "optim_args",
         "gradient_checkpointing",
-    }  # above
-    assert shown | set(OTHER_FILES) == {*SUPPORTED, *REDEFINED}
+    }
+    assert covered | set(OTHER_FILES) == {*SUPPORTED, *REDEFINED}
     for case in TABLE.values():
         words = f"{case.base} {case.words} --output_dir".split()
         assert {f"--{name}" for name in case.names.split()} <= set(words)
