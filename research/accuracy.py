@@ -1,6 +1,6 @@
 """The accuracy of the methods on a real model, with seeds: runs `run.py` over a grid and prints a table.
 
-    python research/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2    # methods, on validation rows
+    python research/accuracy.py table --task SST2 --data_dir DIR --seeds 0 1 2    # on validation rows
     python research/accuracy.py demo --seeds 0 1 2    # B only on all layers, its control
     python research/accuracy.py search    # rates and ε, on 500 dev rows
     python research/accuracy.py merges --task SST2 --data_dir DIR    # with merges and without, likewise
