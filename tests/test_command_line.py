@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import run
-from cli.command_line import COMMON, EXAMPLES, GROUPS, REMOVED, FlagParser, parse
+from cli.command_line import COMMON_FLAGS, EXAMPLES, GROUPS, REMOVED, FlagParser, parse
 from cli.defaults import RECIPES
 from cli.inherited_flags import DESCRIPTIONS
 from utils import UsageError
@@ -197,9 +197,9 @@ def test_help_shows_common_flags_and_help_all_the_rest(capsys, monkeypatch, colu
     names = {word for line in full.splitlines() for word in line.split() if word.startswith("--")}
     for name in FlagParser().names:
         assert f"--{name}" in names
-        common = any(name in group for group in COMMON.values())
+        common = any(name in group for group in COMMON_FLAGS.values())
         assert any(line.strip().split()[:1] == [f"--{name}"] for line in short.splitlines()) == common
-    assert 25 <= sum(map(len, COMMON.values())) <= 40 and len(short.splitlines()) <= 110
+    assert 25 <= sum(map(len, COMMON_FLAGS.values())) <= 40 and len(short.splitlines()) <= 110
     assert all(len(line) <= int(columns) for line in short.splitlines())
     assert "None" not in full and "--push_to_hub" not in full and "--xgblora_a_warmup" not in full
     assert help_of(capsys, "all") == full  # a second parser in the same process has the groups too
