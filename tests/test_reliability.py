@@ -16,11 +16,12 @@ from support.models import tiny_model, tiny_tokenizer
 from support.runs import BOOST, adapter_bytes, replace_in_checkpoint
 
 import run
+from boosters import rounds
 from distributed import stop_signals
 from framework import Framework
 from scoring import logprobs
 from trainer import OurTrainer
-from training import checkpoints
+from training import boosting_trainer, checkpoints
 
 ROOT = Path(run.__file__).parent
 LONG = f"{BOOST} --max_steps 11 --save_on_interrupt"
@@ -81,6 +82,27 @@ def test_a_signal_finishes_the_step_saves_it_and_the_rerun_ends_with_the_same_by
     assert checkpoints.list_checkpoints("out")[-1].name == f"checkpoint-{step}"
     assert not (Path("out") / "adapter_model.safetensors").exists()
     go(LONG)
+    assert adapter_bytes() == expected
+
+
+@pytest.mark.parametrize("step", [4, 8])  # 8 is the last one, which nothing else would save
+def test_a_signal_in_a_line_search_stops_after_its_step(go, calm, monkeypatch, step):
+    flags = f"{LONG} --max_steps 8 --xgblora_adaptive --xgblora_patience 4 --num_dev 8 --save_strategy no"
+    expected, _, result = calm(f"{flags} --save_strategy steps")
+    search = rounds.line_search
+
+    def interrupted_search(lora, dev_loss):
+        if len(ended) == step // 4 - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ended.append(step)
+        return search(lora, dev_loss)
+
+    ended = []
+    with monkeypatch.context() as patch:
+        patch.setattr(boosting_trainer, "line_search", interrupted_search)
+        go(flags, status=stop_signals.EXIT_REQUEUE)
+    assert [path.name for path in checkpoints.list_checkpoints("out")] == [f"checkpoint-{step}"]
+    assert go(flags)["accuracy"] == result["accuracy"]
     assert adapter_bytes() == expected
 
 

@@ -68,7 +68,7 @@ class BoostingTrainer(ResumableTrainer):
         self.rounds = Rounds()
         super().__init__(*args, **kwargs)
         if self.args.xgblora:
-            self.add_callback(EndRounds(self.rounds, self.dev_loss, self.end_round))
+            self.add_callback_to_step(EndRounds(self.rounds, self.dev_loss, self.end_round))
 
     def dev_loss(self) -> float:
         return self.dev_loss_fn(self.model)
