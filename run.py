@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def read_arguments(words: list[str]) -> OurArguments:
     """Return the arguments of a command line, and join the other ranks where torchrun has started some."""
     gpus = collectives.choose_gpu()
-    with collectives.hide_world_from_trainer():
-        args = parse(words)
+    args = parse(words)
     if args.sharded and not args.use_cpu:
         collectives.refuse_shared_gpus(gpus)
     collectives.join_process_group(args.ddp_timeout, args.sharded)

@@ -339,7 +339,8 @@ class OurArguments(
         self.given_output_dir = self.output_dir
         self.output_dir = self.output_dir or "result"
         self._resolve_library_fields()
-        super().__post_init__()
+        with collectives.hide_world_from_trainer():
+            super().__post_init__()
         for name in set(self.report_to) - {"none", *get_available_reporting_integrations()}:
             raise UsageError(f"--report_to {name}: its package is not installed")
 

@@ -14,6 +14,7 @@ from support.ranks import ONE, OWN, alone, close, losses, run_two_ranks, start_r
 from support.references import some_examples
 from support.runs import adapter_bytes
 
+from cli.arguments import OurArguments
 from distributed import collectives, data_parallel, stop_signals
 from scoring import packing
 from training import checkpoints
@@ -270,3 +271,14 @@ def test_the_world_is_hidden_from_the_library_alone(monkeypatch):
     assert os.environ["WORLD_SIZE"] == "4" and os.environ["RANK"] == "3"
     monkeypatch.delenv("WORLD_SIZE")
     assert collectives.env_world_size() == 1
+
+
+def test_arguments_do_not_meet_other_ranks(monkeypatch):
+    """The library would start a process group, or fail where nothing says how."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    args = OurArguments(trainer="zo", lora=True, max_steps=1)
+    assert args.process_index == 1
+    assert not torch.distributed.is_initialized()
+    assert dict(os.environ) == environment
