@@ -196,7 +196,6 @@ def evaluate_and_write(framework: Framework, output_dir: Path, train_set, dev_ro
     """Evaluate the model, and write the files and predictions that the flags ask for; return the metrics."""
     args = framework.args
     measurement = {}
-    framework.load()
     write_models(framework, output_dir)
     if dev_rows.samples:
         measurement |= {f"dev_{name}": value for name, value in framework.evaluate(dev_rows).items()}
