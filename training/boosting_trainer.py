@@ -11,7 +11,7 @@ from collections.abc import Callable
 from transformers import TrainerCallback
 
 from boosters.rounds import Rounds, line_search, merge_round
-from training.resumable_trainer import ResumableTrainer
+from training.resumable_trainer import DivergenceWatch, ResumableTrainer, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,13 @@ class BoostingTrainer(ResumableTrainer):
         self.rounds = Rounds()
         super().__init__(*args, **kwargs)
         if self.args.xgblora:
-            self.add_callback_to_step(EndRounds(self.rounds, self.dev_loss, self.end_round))
+            self.add_callback(EndRounds(self.rounds, self.dev_loss, self.end_round))
+            # These come after it: a signal that arrives in a line search stops the run with this step, saved,
+            # and the ranks compare merged weights.
+            for kind in (StopOnSignal, DivergenceWatch):
+                callback = self.pop_callback(kind)
+                if callback:
+                    self.add_callback(callback)
 
     def dev_loss(self) -> float:
         return self.dev_loss_fn(self.model)

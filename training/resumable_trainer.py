@@ -113,21 +113,9 @@ class ResumableTrainer(Trainer):
         self.checkpoint_limit = self.args.save_total_limit
         self.args.save_total_limit = None
         self.stop_on_signal = StopOnSignal(self.signals, self.run_pending_evaluation)
-        self.last_callbacks: list[TrainerCallback] = [self.stop_on_signal]
+        self.add_callback(self.stop_on_signal)
         if collectives.world_size() > 1:
-            self.last_callbacks.append(DivergenceWatch(self.settings, self.args.rank_check_steps))
-        for callback in self.last_callbacks:
-            self.add_callback(callback)
-
-    def add_callback_to_step(self, callback: TrainerCallback) -> None:
-        """Add a callback that belongs to the step: after it come requests to stop, and the comparison of ranks.
-
-        So a signal that arrives in the callback stops the run with this step, and what the callback changes is
-        compared.
-        """
-        self.add_callback(callback)
-        for last in self.last_callbacks:
-            self.add_callback(self.pop_callback(last))
+            self.add_callback(DivergenceWatch(self.settings, self.args.rank_check_steps))
 
     @property
     def adapter(self):
