@@ -212,7 +212,7 @@ def evaluate_and_write(framework: Framework, output_dir: Path, train_set, dev_ro
             framework.lora_module,
             lambda: framework.evaluate(eval_rows, False),
             args.staged,
-            not args.disable_tqdm,
+            framework.evaluator.progress,
         )
         logger.info(
             "\n".join(staged_results.format_stages(measurement["staged"], framework.task.metric_name))
