@@ -76,13 +76,14 @@ def test_an_untied_head_is_saved_and_loads(go, trainer, tmp_path):
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_probe_sees_the_last_hidden_state_of_the_prompt(family, plain):
     model, examples = tiny_model(family), some_examples(beginning=20)
-    found, kept = linear_probe.prompt_states(model, examples, plain), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, args: kept.append(args[0]))
-    for x, state in zip(examples, found, strict=True):
+    states = linear_probe.prompt_states(model, examples, plain)
+    head_inputs = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, args: head_inputs.append(args[0]))
+    for x, state in zip(examples, states, strict=True):
         prompt = x.encodings[0][: -x.option_lens[0]]
         with torch.inference_mode():
             model(torch.tensor([prompt]))
-        np.testing.assert_allclose(state, kept.pop()[0, -1].numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state, head_inputs.pop()[0, -1].numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_probe_separates_what_can_be_separated():
@@ -90,8 +91,8 @@ def test_a_probe_separates_what_can_be_separated():
     states = rng.normal(size=(200, 12)).astype(np.float32) * np.array([100, *[1] * 11], dtype=np.float32)
     labels = (states[:, 3] + 0.1 * rng.normal(size=200) > 0).astype(int).tolist()
     for early in (False, True):
-        made = linear_probe.LinearProbe(states[:150], labels[:150], early)
-        scores = np.array(made.log_probs(states[150:], 3))
+        probe = linear_probe.LinearProbe(states[:150], labels[:150], early)
+        scores = np.array(probe.log_probs(states[150:], 3))
         assert (scores[:, :2].argmax(1) == labels[150:]).mean() > 0.9 and (scores[:, 2] < -1e8).all()
         np.testing.assert_allclose(np.exp(scores).sum(1), 1, rtol=1e-6)
     with pytest.raises(UsageError, match="two labels"):
@@ -175,14 +176,14 @@ def dequantised(model):
     """{module name: weight} of the quantised layers, fp32."""
     import bitsandbytes as bnb
 
-    found = {}
+    weights = {}
     for name, m in model.named_modules():
         if isinstance(m, bnb.nn.Linear4bit):
-            found[name] = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
+            weights[name] = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
         elif isinstance(m, bnb.nn.Linear8bitLt):
             scale = m.state.SCB if m.state.SCB is not None else m.weight.SCB
-            found[name] = m.weight.data.float() * scale.view(-1, 1) / 127
-    return found
+            weights[name] = m.weight.data.float() * scale.view(-1, 1) / 127
+    return weights
 
 
 @needs_bitsandbytes

@@ -16,7 +16,7 @@ from accelerate.hooks import attach_execution_device_hook
 from safetensors.torch import load_file
 from support.models import tiny_model, tiny_tokenizer
 from support.references import some_examples
-from support.runs import BOOST, ZO, adapter_bytes
+from support.runs import ZO, adapter_bytes, in_folder
 
 import utils
 from lora import LoRA
@@ -69,12 +69,12 @@ def test_a_run_with_adapters_is_the_same_run(go, placed, mode):
 
 
 def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):
-    spread, one = (f"{BOOST} --xgblora_ensemble".replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
-    there = scores(go, f"{spread} {on_disk}")
-    assert torch.equal(there, scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
+    offloaded_run, plain_run = (f"{in_folder(name)} --xgblora_ensemble" for name in ("a", "b"))
+    there = scores(go, f"{offloaded_run} {on_disk}")
+    assert torch.equal(there, scores(go, plain_run)) and adapter_bytes("a") == adapter_bytes("b")
     for last, place in ((8, on_disk), (9, "")):  # goes on there, and at another place: it is no part of the run
-        go(f"{spread} {place} --max_steps {last}")
-    go(f"{one} --max_steps 9")
+        go(f"{offloaded_run} {place} --max_steps {last}")
+    go(f"{plain_run} --max_steps 9")
     assert adapter_bytes("a") == adapter_bytes("b")
     assert torch.equal(
         scores(go, f"--adapter a --xgblora_ensemble {on_disk}"), scores(go, "--adapter b --xgblora_ensemble")
@@ -92,8 +92,10 @@ def test_a_prefix_is_the_same_run(go, on_disk):
 
 def test_layers_that_keep_their_weights_are_merged(go, tmp_path):
     there = device_map(tmp_path, ["disk", "cpu", "cpu", "cpu", "cpu", "disk"])  # no target layer is offloaded
-    spread, one = (BOOST.replace("--output_dir out", f"--output_dir {o}") for o in ("a", "b"))
-    assert torch.equal(scores(go, f"{spread} {there}"), scores(go, one)) and adapter_bytes("a") == adapter_bytes("b")
+    offloaded_run, plain_run = (in_folder(name) for name in ("a", "b"))
+    assert torch.equal(scores(go, f"{offloaded_run} {there}"), scores(go, plain_run)) and adapter_bytes(
+        "a"
+    ) == adapter_bytes("b")
 
 
 def offloaded(family):
@@ -102,7 +104,7 @@ def offloaded(family):
 
 def test_every_family_scores_generates_and_steps_offloaded(family):
     examples, tokenizer = some_examples(beginning=20), tiny_tokenizer()
-    prompts, found = [x.encodings[0] for x in examples], []
+    prompts, outcomes = [x.encodings[0] for x in examples], []
     for model in (tiny_model(family), offloaded(family)):
         plain = not logprobs.supports_packed_rows(model)
         names = [name for name, _ in model.named_parameters()]
@@ -111,19 +113,19 @@ def test_every_family_scores_generates_and_steps_offloaded(family):
         batch = packing.pack(examples, plain)
         zo = ZerothOrder(lora.parameters(), lr=1e-2, eps=1e-2, master=True)
         losses = [zo.step(lambda model=model, batch=batch: logprobs.loss(model, batch, True)) for _ in range(3)]
-        found.append((plain, answers, losses, logprobs.score(model, examples, plain_rows=plain)))
+        outcomes.append((plain, answers, losses, logprobs.score(model, examples, plain_rows=plain)))
         lora.remove()
         assert [name for name, _ in model.named_parameters()] == names
-    assert found[0] == found[1]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_prefix_generates_offloaded():
-    prompts, found = [x.encodings[0] for x in some_examples(beginning=20)], []
+    prompts, outcomes = [x.encodings[0] for x in some_examples(beginning=20)], []
     for model in (tiny_model("llama"), offloaded("llama")):
         PrefixTuning(model, 3)
         ways = ({}, {"num_beams": 2}, {"cached": False})
-        found.append([generate(model, tiny_tokenizer(), prompts, max_new_tokens=4, **how) for how in ways])
-    assert found[0] == found[1]
+        outcomes.append([generate(model, tiny_tokenizer(), prompts, max_new_tokens=4, **how) for how in ways])
+    assert outcomes[0] == outcomes[1]
 
 
 def test_weights_that_are_not_safetensors_go_to_the_offload_folder(go, refused, on_disk, model_dir, tmp_path):
@@ -145,18 +147,18 @@ def test_a_map_of_one_place(go, tmp_path):
 
 
 def test_hooks_around_weights_that_are_there_change_nothing(family):
-    found = []
+    outcomes = []
     for model in (tiny_model(family), tiny_model(family)):
-        if found:
+        if outcomes:
             attach_execution_device_hook(model, torch.device("cpu"))
         lora = LoRA(model, 1, 16, xgblora=True)
         lora.lora_modules[0].lora_B.data.fill_(0.1)
         lora.merge_and_reinit()
         lora.lora_modules[0].lora_B.data.fill_(0.1)
         plain = not logprobs.supports_packed_rows(model)
-        found.append((lora.plain_state_dict(), logprobs.score(model, some_examples(), plain_rows=plain)))
-    assert found[0][1] == found[1][1] and found[0][0].keys() == found[1][0].keys()
-    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
+        outcomes.append((lora.plain_state_dict(), logprobs.score(model, some_examples(), plain_rows=plain)))
+    assert outcomes[0][1] == outcomes[1][1] and outcomes[0][0].keys() == outcomes[1][0].keys()
+    assert all(torch.equal(value, outcomes[1][0][name]) for name, value in outcomes[0][0].items())
 
 
 def test_offloaded_weights_take_no_merge(family):

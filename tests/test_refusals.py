@@ -387,8 +387,8 @@ def test_own_tasks(name, tmp_path, model_dir, capsys):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({**OWN_ROW, **changed}) + "\n")
     argv = ["--model_name", str(model_dir), "--task_name", "own", "--data_dir", str(tmp_path), *shlex.split(flags)]
     assert run.main(argv) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("run.py: error: ") and words in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("run.py: error: ") and words in line
 
 
 # ---- models and adapters ----

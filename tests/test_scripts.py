@@ -27,9 +27,9 @@ def arguments(call):
     """arguments(script, settings, *words) -> (arguments of `run.py`, lines that the script printed)."""
 
     def start(script: str, settings: dict, *words: str):
-        made = call(script, settings, *words)
-        assert made.status == 0 and made.words[0] == "run.py", made
-        return run.parse(made.words[1:]), made.lines
+        recorded = call(script, settings, *words)
+        assert recorded.status == 0 and recorded.words[0] == "run.py", recorded
+        return run.parse(recorded.words[1:]), recorded.lines
 
     return start
 
