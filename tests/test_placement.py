@@ -71,7 +71,8 @@ def test_a_run_with_adapters_is_the_same_run(go, placed, mode):
 def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):
     offloaded_run, plain_run = (f"{in_folder(name)} --xgblora_ensemble" for name in ("a", "b"))
     there = scores(go, f"{offloaded_run} {on_disk}")
-    assert torch.equal(there, scores(go, plain_run)) and adapter_bytes("a") == adapter_bytes("b")
+    assert torch.equal(there, scores(go, plain_run))
+    assert adapter_bytes("a") == adapter_bytes("b")
     for last, place in ((8, on_disk), (9, "")):  # goes on there, and at another place: it is no part of the run
         go(f"{offloaded_run} {place} --max_steps {last}")
     go(f"{plain_run} --max_steps 9")
