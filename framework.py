@@ -208,7 +208,7 @@ class Framework:
 
     # ---- files ----
 
-    def replay(self, path: str, output_dir: Path) -> None:
+    def rebuild_from_trajectory(self, path: str, output_dir: Path) -> None:
         """Rebuild the weights of a run from its trajectory, and write them to its output directory.
 
         Raises:
@@ -452,7 +452,7 @@ def run_trainer(trainer: OurTrainer, output_dir: Path, checkpoint: str | None, p
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.signals.agreed_signal:
         trainer.refuse_unsaved()
-    trainer.signals.check()
+    trainer.signals.raise_if_stopped()
 
 
 # ---- what makes a run this run ----

@@ -169,12 +169,12 @@ class AdapterLayers:
 
         All of them lie in one piece of memory: a long chain of small tensors would litter the heap.
         """
-        adapted = {name: module for name, module in self.modules.items() if module.r}
-        params = [p.detach() for module in adapted.values() for p in (module.lora_A, module.lora_B)]
+        adapted_layers = {name: module for name, module in self.modules.items() if module.r}
+        params = [p.detach() for module in adapted_layers.values() for p in (module.lora_A, module.lora_B)]
         flat = torch.cat([p.flatten().cpu() for p in params])
         pieces = flat.split([p.numel() for p in params])
         factors = iter([piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)])
-        return {name: Booster(next(factors), next(factors), m.scaling) for name, m in adapted.items()}
+        return {name: Booster(next(factors), next(factors), m.scaling) for name, m in adapted_layers.items()}
 
     def set_current(self, boosters: Round) -> None:
         """Write boosters, whose ranks are those of this round, into the factors that are trained."""
@@ -212,10 +212,10 @@ class AdapterLayers:
         The layers below compute the same for every perturbation. None where the adapted layers don't stand in
         one numbered list.
         """
-        first = first_layer(name for name, module in self.modules.items() if module.r)
-        if first is None:
+        lowest_layer = first_layer(name for name, module in self.modules.items() if module.r)
+        if lowest_layer is None:
             return None
-        list_name, number = first
+        list_name, number = lowest_layer
         return self.model.get_submodule(list_name), number
 
     def move_with_model(self, device: torch.device) -> None:
@@ -356,8 +356,8 @@ class LoRA(AdapterLayers):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a PEFT adapter; under XGBLoRA one LoRA of all boosters, and the chain beside it."""
-        saved = SavedAdapter([*self.boosters, self.current], self.lengths, self.round)
-        self._save(directory, saved, with_chain=self.xgblora)
+        adapter = SavedAdapter([*self.boosters, self.current], self.lengths, self.round)
+        self._save(directory, adapter, with_chain=self.xgblora)
 
     def export(self, directory: str | Path, rank: int) -> float:
         """Write the LoRA of a rank that is nearest to the chain with the current booster.
@@ -365,13 +365,13 @@ class LoRA(AdapterLayers):
         Returns:
             what the written LoRA lacks, relative to the whole (Frobenius norm).
         """
-        compressed, error = compress([*self.boosters, self.current], rank)
-        self._save(directory, SavedAdapter([compressed]), with_chain=False)
+        nearest_lora, error = compress([*self.boosters, self.current], rank)
+        self._save(directory, SavedAdapter([nearest_lora]), with_chain=False)
         return error
 
-    def _save(self, directory: str | Path, saved: SavedAdapter, with_chain: bool) -> None:
+    def _save(self, directory: str | Path, adapter: SavedAdapter, with_chain: bool) -> None:
         base_model = self.model.config.name_or_path
-        peft_files.save_adapter(directory, saved, self.targets, base_model, with_chain)
+        peft_files.save_adapter(directory, adapter, self.targets, base_model, with_chain)
 
     def load(self, directory: str | Path, boosters: int | None = None, keep_current: bool = True) -> None:
         """Take the state that `save_pretrained` wrote, bit for bit.
@@ -387,22 +387,24 @@ class LoRA(AdapterLayers):
             UsageError: the adapter does not fit this model or this run.
         """
         shapes = {name: (module.in_features, module.out_features) for name, module in self.modules.items()}
-        saved = peft_files.load_adapter(directory, shapes, self.xgblora)
+        adapter = peft_files.load_adapter(directory, shapes, self.xgblora)
         if not self.chain and boosters is not None:
             raise UsageError(f"--boosters {boosters}: {directory} has no chain of boosters")
-        self.round = saved.round
+        self.round = adapter.round
         self.start_round()
-        fits = self.fits_current(saved.rounds[-1])
-        if not self.chain and not fits:
-            rank = len(next(iter(saved.rounds[-1].values())).A)
+        same_shapes = self.fits_current(adapter.rounds[-1])
+        if not self.chain and not same_shapes:
+            rank = len(next(iter(adapter.rounds[-1].values())).A)
             raise UsageError(f"{directory}: an adapter of rank {rank}, but this run has rank {self.ranks[0]}")
-        if self.chain and not (keep_current and fits and boosters is None):
-            saved = saved.with_last_merged()
-            self.round = saved.round
+        if self.chain and not (keep_current and same_shapes and boosters is None):
+            adapter = adapter.with_last_merged()
+            self.round = adapter.round
             self.start_round()
-        *merged, current = saved.rounds
-        if boosters is not None and boosters > len(merged):
-            raise UsageError(f"--boosters {boosters}: {directory} has a chain of {len(merged)} boosters")
+        *merged_rounds, current_round = adapter.rounds
+        if boosters is not None and boosters > len(merged_rounds):
+            raise UsageError(
+                f"--boosters {boosters}: {directory} has a chain of {len(merged_rounds)} boosters"
+            )
         if self.chain:
-            self.chain.replace(merged[:boosters], saved.lengths[:boosters])
-        self.set_current(current)
+            self.chain.replace(merged_rounds[:boosters], adapter.lengths[:boosters])
+        self.set_current(current_round)

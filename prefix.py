@@ -44,11 +44,15 @@ class SharedCacheLayer(DynamicLayer):
         return _prepend(self.keys, keys), _prepend(self.values, values)
 
 
-def _prepend(shared: Tensor, states: Tensor) -> Tensor:
+def _prepend(prefix_states: Tensor, states: Tensor) -> Tensor:
     """Put shared states [n, heads, tokens, head_dim] in front of those of n copies of some rows."""
-    rows = len(states) // len(shared)
-    front = shared.repeat_interleave(rows, 0) if len(shared) > 1 else shared.expand(rows, -1, -1, -1)
-    return torch.cat([front.to(states.device), states], dim=-2)
+    rows = len(states) // len(prefix_states)
+    repeated_states = (
+        prefix_states.repeat_interleave(rows, 0)
+        if len(prefix_states) > 1
+        else prefix_states.expand(rows, -1, -1, -1)
+    )
+    return torch.cat([repeated_states.to(states.device), states], dim=-2)
 
 
 class PrefixTuning(nn.Module):

@@ -236,7 +236,7 @@ def run_replay(args: OurArguments) -> int:
     args.announce()
     with checkpoints.lock_output_dir(output_dir):
         framework = Framework(args, None)
-        framework.replay(args.replay, output_dir)
+        framework.rebuild_from_trajectory(args.replay, output_dir)
         write_models(framework, output_dir)
     logger.info("%s: rebuilt in %.1f s", output_dir, time.perf_counter() - start)
     return 0

@@ -169,8 +169,8 @@ def custom_spec(task: CustomTask, first_row: dict) -> Spec:
         "--candidates_column and --answer_index_column": (task.candidates_column, task.answer_index_column),
         "--answer_column": (task.answer_column,),
     }
-    chosen = [names for names, values in flag_sets.items() if any(values)]
-    if not task.template or len(chosen) != 1 or not all(flag_sets[chosen[0]]):
+    flag_names = [names for names, values in flag_sets.items() if any(values)]
+    if not task.template or len(flag_names) != 1 or not all(flag_sets[flag_names[0]]):
         raise UsageError(f"--task_name own needs --template and one of: {'; '.join(flag_sets)}")
     columns = prompt_columns(task.template)
     if task.label_words:
@@ -446,8 +446,8 @@ def read_jsonl(path: Path) -> tuple[list[tuple[int, dict]], str]:
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, row {number}: not JSON ({error})") from error
         if "\\ud" in line and not is_valid_unicode(row):
-            half = "half of a surrogate pair, such as \\ud83d alone"
-            raise UsageError(f"{path}, row {number}: {half}, is no text")
+            problem = "half of a surrogate pair, such as \\ud83d alone"
+            raise UsageError(f"{path}, row {number}: {problem}, is no text")
         if not isinstance(row, dict):
             kind = type(row).__name__
             raise UsageError(f"{path}, row {number}: a row is an object with columns, not {kind}")
@@ -517,10 +517,10 @@ def check_cell(value, kind) -> None:
         for element in value:
             check_cell(element, kind[0])
     elif isinstance(kind, dict):
-        for key, inner in kind.items():
+        for key, element_kind in kind.items():
             if not isinstance(value, dict) or key not in value:
                 raise ValueError(f"is {value!r}, but it must be an object with {key!r}")
-            check_cell(value[key], inner)
+            check_cell(value[key], element_kind)
     elif not isinstance(kind, type):
         kind(value)
     elif not isinstance(value, kind):

@@ -20,7 +20,7 @@ from distributed import collectives, data_parallel
 from scoring import packing
 from training import activation_cache
 from training.boosting_trainer import BoostingTrainer
-from training.replay import replay
+from training.replay import replay_rounds
 from utils import UsageError
 from zo.diagnostics import diagnose, recommendations, rounding_drift
 from zo.methods import Method
@@ -44,7 +44,11 @@ def points_per_forward(tokens: int, points: int, cpu: bool, adapters: bool, batc
     evaluation's budget of tokens.
 
     Args:
-        tokens: of the batch. points: of the step. batched: `--zo_batched`.
+        tokens: of the batch.
+        points: of the step.
+        cpu: whether the model runs on a CPU.
+        adapters: whether adapters are trained, and not the weights themselves.
+        batched: the value of `--zo_batched`.
     """
     if batched == "off" or (batched == "auto" and adapters and cpu and tokens > SATURATING_TOKENS):
         return 1
@@ -81,8 +85,8 @@ class OurTrainer(BoostingTrainer):
         if not self.zeroth_order:
             return self._create_regular_optimizer(model)
         if self.optimizer is None:
-            decayed = self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
-            self.zo = create_zeroth_order(self.model, self.adapter, decayed, self.method, self.args)
+            decayed_names = self.get_decay_parameter_names(self.model)  # matrices, not norms and biases
+            self.zo = create_zeroth_order(self.model, self.adapter, decayed_names, self.method, self.args)
             self.optimizer = self.zo
         return self.optimizer
 
@@ -140,7 +144,7 @@ class OurTrainer(BoostingTrainer):
         self.exchange.add(loss_of_point, len(points), tokens * len(numbers))
         totals = [0.0]
         if self.accelerator.sync_gradients:
-            totals = self.exchange.total()
+            totals = self.exchange.total_losses()
             if self.zeroth_order:
                 self.zo.add_losses(totals)
             else:
@@ -156,14 +160,15 @@ class OurTrainer(BoostingTrainer):
             tokens, cpu = inputs["input_ids"].numel(), self.args.device.type == "cpu"
             copies = points_per_forward(tokens, len(points), cpu, self.zo.master, self.args.zo_batched)
         forward = partial(self.loss_fn, model, inputs)
-        with self.compute_loss_context_manager(), self.reuse_lower_layers(inputs, forward):
+        with self.compute_loss_context_manager(), self.lower_layers_context(inputs, forward):
             return self.zo.losses_at(points, forward, copies)
 
-    def reuse_lower_layers(self, inputs, forward: Callable):
+    def lower_layers_context(self, inputs, forward: Callable):
         """Return a context in which the layers below all perturbed ones have run already, for all points."""
-        place = self.lora_module.first_adapted_layer if self.lora_module and self.loss_takes_copies else None
-        cached = self.activation_cache(inputs) if self.activation_cache else None
-        return activation_cache.reuse_lower_layers(place, forward, cached)
+        can_skip = self.lora_module and self.loss_takes_copies
+        place = self.lora_module.first_adapted_layer if can_skip else None
+        hidden_states = self.activation_cache(inputs) if self.activation_cache else None
+        return activation_cache.reuse_lower_layers(place, forward, hidden_states)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss_fn(model, inputs) * (self.loss_weight * self.current_gradient_accumulation_steps)
@@ -188,14 +193,14 @@ class OurTrainer(BoostingTrainer):
 
     # ---- before the first step ----
 
-    def cache_activations(self, plain: bool) -> None:
+    def cache_activations(self, plain_rows: bool) -> None:
         """Run the lower layers on every training row, once for the whole run (`--zo_cache_activations`)."""
         place = self.lora_module.first_adapted_layer
         ranks = (collectives.rank(), collectives.world_size()) if self.args.data_parallel_size > 1 else (0, 1)
 
         def fill():
-            rows = self.train_dataset
-            self.activation_cache = activation_cache.ActivationCache(self.model, *place, rows, plain, *ranks)
+            arguments = (*place, self.train_dataset, plain_rows, *ranks)
+            self.activation_cache = activation_cache.ActivationCache(self.model, *arguments)
 
         collectives.run_on_all(fill)
         self.train_dataset = self.activation_cache.examples
@@ -218,28 +223,28 @@ class OurTrainer(BoostingTrainer):
             choose_boosters: returns how many boosters of the finished chain to keep; without it all are kept.
         """
         ended = list(self.rounds.ended)
-        last = self.end_last_round()
+        last_length = self.end_last_round()
         boosters = choose_boosters() if choose_boosters else None
         if boosters is not None:
             self.lora_module.chain.truncate(boosters)
         if self.zeroth_order and self.method.replayable and collectives.is_main_process():
-            best = self.best_checkpoint
-            steps = int(best.rpartition("-")[2]) if best else self.state.global_step
-            about = {"rounds": ended, "steps": steps, "last": last, "boosters": boosters}
+            best_checkpoint = self.best_checkpoint
+            steps = int(best_checkpoint.rpartition("-")[2]) if best_checkpoint else self.state.global_step
+            about = {"rounds": ended, "steps": steps, "last": last_length, "boosters": boosters}
             path = Path(self.args.output_dir) / TRAJECTORY
             self.zo.trajectory.save(path, settings=self.settings, **about)
 
     def load_if_finished(self, checkpoint: str) -> bool:
-        finished = super().load_if_finished(checkpoint)
-        if finished and self.zeroth_order:
+        is_finished = super().load_if_finished(checkpoint)
+        if is_finished and self.zeroth_order:
             self.create_optimizer()
-            saved = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
-            self.zo.trajectory = Trajectory(**saved["trajectory"])
-        return finished
+            optimizer_state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
+            self.zo.trajectory = Trajectory(**optimizer_state["trajectory"])
+        return is_finished
 
     def replay(self, trajectory: Trajectory, steps: int | None = None) -> None:
         """Rebuild the weights of a run; by default those of its result. See training/replay.py."""
-        replay(trajectory, self.create_optimizer(), self.lora_module, steps)
+        replay_rounds(trajectory, self.create_optimizer(), self.lora_module, steps)
 
     @property
     def forward_passes(self) -> int:
@@ -252,26 +257,26 @@ class OurTrainer(BoostingTrainer):
         return points * (epochs * batches + steps * accumulated)
 
 
-def parameter_groups(model, adapter, decayed: set[str], weight_decay: float) -> list[dict]:
+def parameter_groups(model, adapter, decayed_names: set[str], weight_decay: float) -> list[dict]:
     """Return what is trained, in the model's order: z runs through the groups one after the other."""
     if adapter:
         return [{"params": list(adapter.parameters())}]
-    trained = [(name in decayed, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained_params = [(name in decayed_names, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for _, p in neighbours], "weight_decay": weight_decay if decays else 0.0}
-        for decays, neighbours in itertools.groupby(trained, key=lambda entry: entry[0])
+        for decays, neighbours in itertools.groupby(trained_params, key=lambda entry: entry[0])
     ]
 
 
-def create_zeroth_order(model, adapter, decayed: set[str], method: Method, args) -> ZerothOrder:
+def create_zeroth_order(model, adapter, decayed_names: set[str], method: Method, args) -> ZerothOrder:
     """Return the zeroth-order optimizer of an adapter, or of all parameters that require a gradient.
 
     Args:
-        decayed: names of the parameters that decay.
+        decayed_names: names of the parameters that decay.
         args: the learning rate, and the flags of zeroth order.
     """
     optimizer = ZerothOrder(
-        parameter_groups(model, adapter, decayed, args.weight_decay),
+        parameter_groups(model, adapter, decayed_names, args.weight_decay),
         args.learning_rate,
         args.zo_eps,
         args.seed,

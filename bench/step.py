@@ -184,7 +184,7 @@ class Side:
         """Fill the cache, and return the examples as they refer to it."""
         layers, first = self.framework.lora_module.first_adapted_layer
         model = self.framework.model
-        self.cache = activation_cache.ActivationCache(model, layers, first, examples, plain=False)
+        self.cache = activation_cache.ActivationCache(model, layers, first, examples, plain_rows=False)
         return self.cache.examples
 
 

@@ -92,9 +92,9 @@ class BoosterChain:
             return
         squared_error = squared_norm = 0.0
         for name, booster in boosters.items():
-            exact, rounded = self.write_merged_weight(name)
-            if rounded is not exact:
-                squared_error += float((rounded.float() - exact).square().sum())
+            fp32_weight, rounded_weight = self.write_merged_weight(name)
+            if rounded_weight is not fp32_weight:
+                squared_error += float((rounded_weight.float() - fp32_weight).square().sum())
                 squared_norm += float(booster.delta.square().sum())
         if squared_norm:
             loss = 100 * math.sqrt(squared_error / squared_norm)
@@ -127,10 +127,10 @@ class BoosterChain:
             the weight before and after the rounding, on the host; the same tensor where the model is fp32.
         """
         weight = self.layers[name].weight
-        exact = self.merged_fp32(name)
-        rounded = exact.to(weight.dtype)
-        copy_into(weight, rounded)
-        return exact, rounded
+        fp32_weight = self.merged_fp32(name)
+        rounded_weight = fp32_weight.to(weight.dtype)
+        copy_into(weight, rounded_weight)
+        return fp32_weight, rounded_weight
 
     def write_merged_weights(self) -> None:
         """Round the sums of the chain into the weights of all layers; an ensemble has nothing to write."""
@@ -244,11 +244,11 @@ def compress(rounds: Sequence[Round], rank: int) -> tuple[Round, float]:
         factors[name] = ((vh @ q_a.T).float(), (q_b @ u).float())
         squared_error += float(s[rank:].square().sum())
         squared_norm += float(s.square().sum())
-    largest = max(len(A) for A, _ in factors.values())
-    compressed = {}
+    largest_rank = max(len(A) for A, _ in factors.values())
+    nearest_lora = {}
     for name, (A, B) in factors.items():  # a layer of smaller rank gets rows and columns of zeros
-        missing = largest - len(A)
-        A = nn.functional.pad(A, (0, 0, 0, missing))
-        B = nn.functional.pad(B, (0, missing))
-        compressed[name] = Booster(A, B, 1.0)
-    return compressed, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+        num_missing = largest_rank - len(A)
+        A = nn.functional.pad(A, (0, 0, 0, num_missing))
+        B = nn.functional.pad(B, (0, num_missing))
+        nearest_lora[name] = Booster(A, B, 1.0)
+    return nearest_lora, math.sqrt(squared_error / squared_norm) if squared_norm else 0.0

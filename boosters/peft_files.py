@@ -52,10 +52,10 @@ class SavedAdapter:
 
     def with_last_merged(self) -> "SavedAdapter":
         """Return the state after a merge of the current round; a round with B = 0 is dropped."""
-        *merged, last = self.rounds
-        if not any(bool(booster.B.any()) for booster in last.values()):
-            return SavedAdapter([*merged, {}], self.lengths, self.round)
-        return SavedAdapter([*merged, last, {}], [*self.lengths, 1.0], self.round + 1)
+        *merged_rounds, current_round = self.rounds
+        if not any(bool(booster.B.any()) for booster in current_round.values()):
+            return SavedAdapter([*merged_rounds, {}], self.lengths, self.round)
+        return SavedAdapter([*merged_rounds, current_round, {}], [*self.lengths, 1.0], self.round + 1)
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def has_chain(directory: str | Path) -> bool:
 
 
 def save_adapter(
-    directory: str | Path, saved: SavedAdapter, targets: TargetLayers, base_model: str, with_chain: bool
+    directory: str | Path, adapter: SavedAdapter, targets: TargetLayers, base_model: str, with_chain: bool
 ) -> None:
     """Write a PEFT adapter.
 
     Args:
         directory: is made where it does not exist.
-        saved: the rounds to write.
+        adapter: the rounds to write.
         targets: the layers that rounds may adapt.
         base_model: name or path of the pretrained model.
         with_chain: write the factors of each round too. Without it there is one round, which becomes a LoRA
@@ -100,22 +100,22 @@ def save_adapter(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(name for boosters in saved.rounds for name in boosters))
+    names = list(dict.fromkeys(name for boosters in adapter.rounds for name in boosters))
     tensors = {}
     ranks = {}
     for name in names:
-        A, B = concat_factors(saved.rounds, name, fold=with_chain)
+        A, B = concat_factors(adapter.rounds, name, fold=with_chain)
         ranks[name] = len(A)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous()
     # Where B includes the scaling, alpha is the rank, so that PEFT's own scaling is 1.
-    alpha = max(ranks.values()) if with_chain else saved.rounds[0][names[0]].scaling * max(ranks.values())
+    alpha = max(ranks.values()) if with_chain else adapter.rounds[0][names[0]].scaling * max(ranks.values())
     config = lora_config(targets, ranks, alpha, base_model)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CHAIN).unlink(missing_ok=True)  # of an earlier run
     if with_chain:
-        save_chain(directory / CHAIN, saved, names, len(targets.names))
+        save_chain(directory / CHAIN, adapter, names, len(targets.names))
 
 
 def lora_config(targets: TargetLayers, ranks: Mapping[str, int], alpha: float, base_model: str) -> dict:
@@ -146,20 +146,22 @@ def lora_config(targets: TargetLayers, ranks: Mapping[str, int], alpha: float, b
     return config
 
 
-def save_chain(path: Path, saved: SavedAdapter, names: Sequence[str], num_targets: int) -> None:
+def save_chain(path: Path, adapter: SavedAdapter, names: Sequence[str], num_targets: int) -> None:
     """Write the factors of each round, fp32, and what is known of the rounds."""
     tensors = {}
     for name in names:
-        tensors[f"{name}.A"], tensors[f"{name}.B"] = concat_factors(saved.rounds, name, fold=False)
-    first_boosters = [next(iter(boosters.values())) for boosters in saved.rounds]
+        tensors[f"{name}.A"], tensors[f"{name}.B"] = concat_factors(adapter.rounds, name, fold=False)
+    first_boosters = [next(iter(boosters.values())) for boosters in adapter.rounds]
     metadata = {
         "ranks": [len(booster.A) for booster in first_boosters],
         "scalings": [booster.scaling for booster in first_boosters],
-        "lengths": saved.lengths,
-        "round": saved.round,
+        "lengths": adapter.lengths,
+        "round": adapter.round,
     }
-    if any(len(boosters) < num_targets for boosters in saved.rounds):
-        metadata["layers"] = [sorted({layer_number(name) for name in boosters}) for boosters in saved.rounds]
+    if any(len(boosters) < num_targets for boosters in adapter.rounds):
+        metadata["layers"] = [
+            sorted({layer_number(name) for name in boosters}) for boosters in adapter.rounds
+        ]
     # One entry: safetensors writes several in any order, and equal chains shall be equal bytes.
     save_file(tensors, path, metadata={"chain": json.dumps(metadata)})
 
@@ -288,16 +290,16 @@ def check_tensors(
     Raises:
         UsageError: names the first tensor that is wrong.
     """
-    expected = {}
+    expected_shapes = {}
     for name, rank in ranks.items():
         in_features, out_features = shapes[name]
-        expected[name_a.format(name)] = (rank, in_features)
-        expected[name_b.format(name)] = (out_features, rank)
-    for key in sorted(expected.keys() ^ tensors.keys()):
-        problem = "no" if key in expected else "unexpected"
+        expected_shapes[name_a.format(name)] = (rank, in_features)
+        expected_shapes[name_b.format(name)] = (out_features, rank)
+    for key in sorted(expected_shapes.keys() ^ tensors.keys()):
+        problem = "no" if key in expected_shapes else "unexpected"
         question = "was the adapter made for this base model and these target layers?"
         raise UsageError(f"{directory}: {problem} tensor {key}; {question}")
-    for key, shape in expected.items():
+    for key, shape in expected_shapes.items():
         tensor = tensors[key]
         if tuple(tensor.shape) != shape:
             actual = list(tensor.shape)

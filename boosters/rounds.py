@@ -60,10 +60,10 @@ class Rounds:
             return True
         if not self.patience or age % self.patience:
             return False
-        previous, self.dev_loss = self.dev_loss, dev_loss()
+        previous_loss, self.dev_loss = self.dev_loss, dev_loss()
         message = "XGBLoRA: dev loss %.4f after %d steps of the round (before: %.4f)"
-        logger.info(message, self.dev_loss, age, previous)
-        return not self.dev_loss < previous  # NaN does not fall either
+        logger.info(message, self.dev_loss, age, previous_loss)
+        return not self.dev_loss < previous_loss  # NaN does not fall either
 
     def end(self, step: int, step_length: float) -> None:
         """Record that the current round ended at this step."""

@@ -78,9 +78,9 @@ def select_targets(model: nn.Module, targets: Sequence[str] | None, layers: str)
     if not names and not targets:
         names = names_ending_in(linear, TARGETS_BY_MODEL_TYPE.get(model.config.model_type, ()))
     if not names:
-        existing = ", ".join(sorted({last_part(name) for name in linear}))
-        requested = f" called {', '.join(targets)}" if targets else " to adapt"
-        raise UsageError(f"no layer{requested} in this model; its Linear layers are {existing}")
+        existing_names = ", ".join(sorted({last_part(name) for name in linear}))
+        name_text = f" called {', '.join(targets)}" if targets else " to adapt"
+        raise UsageError(f"no layer{name_text} in this model; its Linear layers are {existing_names}")
     kind, count = parse_layer_choice(layers)
     numbers = sorted({layer_number(name) for name in names} - {None})
     count = count or (len(numbers) + 1) // 2

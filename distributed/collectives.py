@@ -316,16 +316,16 @@ def all_tensors(model, optimizer) -> list[Tensor]:
     return [*{id(p): p for p in (*model.parameters(), *optimizer_params(optimizer))}.values()]
 
 
-def refuse_divergence(number: float, what: str) -> None:
+def refuse_divergence(number: float, quantity: str) -> None:
     """Raise Diverged, with the numbers of the ranks, where not all ranks have the same number.
 
     Args:
         number: a fingerprint that all ranks should share.
-        what: what the number is made of, for the message.
+        quantity: what the number is made of, for the message.
     """
     numbers = [number for (number,) in gather([number])]
-    usual = Counter(numbers).most_common(1)[0][0]  # of equally frequent ones the first: rank 0's
-    others = [str(r) for r, number in enumerate(numbers) if number != usual]
-    if others:
-        ranks = f"rank {', '.join(others)} of {world_size()}"
-        raise Diverged(f"{ranks} has other {what} than the others: nothing is saved")
+    usual_number = Counter(numbers).most_common(1)[0][0]  # of equally frequent ones the first: rank 0's
+    other_ranks = [str(r) for r, number in enumerate(numbers) if number != usual_number]
+    if other_ranks:
+        ranks = f"rank {', '.join(other_ranks)} of {world_size()}"
+        raise Diverged(f"{ranks} has other {quantity} than the others: nothing is saved")

@@ -34,11 +34,11 @@ def contiguous_split(sizes: Sequence[int], ranks: int) -> list[range]:
     """Return the indices of each rank's items: neighbours stay together, and the sizes sum up about alike."""
     total = sum(sizes)
     ends: list[int] = []
-    done = 0
+    sum_so_far = 0
     for i, n in enumerate(sizes):
-        while len(ends) < ranks - 1 and done + n / 2 >= total * (len(ends) + 1) / ranks:
+        while len(ends) < ranks - 1 and sum_so_far + n / 2 >= total * (len(ends) + 1) / ranks:
             ends.append(i)
-        done += n
+        sum_so_far += n
     ends += [len(sizes)] * (ranks - len(ends))
     return [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -127,21 +127,21 @@ class LossAllGather:
             self.sums[i] += loss
         self.tokens += tokens
 
-    def total(self) -> list[float]:
+    def total_losses(self) -> list[float]:
         """Return the loss of the whole batch at each point, summed in rank order, and begin a new step.
 
         Loads and requests to stop go along.
         """
-        before = dict(collectives.TRAFFIC)
+        traffic_before = dict(collectives.TRAFFIC)
         rows = collectives.gather([*self.sums, self.tokens, self.signals.local_signal])
         totals = [0.0] * len(self.sums)
         for *sums, _, _ in rows:
             totals = [total + part for total, part in zip(totals, sums, strict=True)]
         *_, loads, local_signals = zip(*rows, strict=True)
-        self.signals.merge(local_signals)
+        self.signals.merge_signals(local_signals)
         self.steps += 1
-        self.bytes += collectives.TRAFFIC["bytes"] - before["bytes"]
-        self.seconds += collectives.TRAFFIC["seconds"] - before["seconds"]
+        self.bytes += collectives.TRAFFIC["bytes"] - traffic_before["bytes"]
+        self.seconds += collectives.TRAFFIC["seconds"] - traffic_before["seconds"]
         self.heaviest_load += max(loads)
         self.mean_load += sum(loads) / len(loads)
         self.sums = []
@@ -181,8 +181,7 @@ def on_this_rank_only() -> Iterator[None]:
 
 
 def map_over_ranks(keys: Sequence, sizes: Sequence[int], fn: Callable[[list[int]], Sequence]) -> list:
-    """Return `fn(indices)` of all items, computed by the ranks together; the results are in the order of the
-    items.
+    """Return `fn(indices)` of all items, in the order of the items; the ranks divide the work.
 
     Args:
         keys: one an item; items whose keys begin alike stay together.

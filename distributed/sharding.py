@@ -1,5 +1,4 @@
-"""Weights divided among the ranks (`--trainer regular --fsdp`): torch's `fully_shard` (FSDP2), and what a run
-needs.
+"""Divide weights among the ranks (`--trainer regular --fsdp`) by torch's `fully_shard` (FSDP2).
 
 Every rank holds a part (a shard) of each weight, of its gradient and of its optimizer state; a layer is put
 together while it runs. Adapters stay whole on every rank, and `data_parallel.sum_gradients` sums their
@@ -53,7 +52,7 @@ def shard_model(model: nn.Module, adapter, device: torch.device) -> None:
 
 
 def forget_model() -> None:
-    """Let the model that was divided last go: another one is loaded."""
+    """Forget the model that was divided last, before another model is loaded."""
     collectives.join_context = collectives.NO_JOIN
 
 
@@ -63,8 +62,7 @@ def _run_one_token(model: nn.Module, device: torch.device) -> None:
 
 
 class UnevenForwards(contextlib.AbstractContextManager):
-    """Inside, the ranks call the model unequally often: a rank that has finished runs the model along with
-    the others.
+    """Inside, the ranks may call the model unequally often: a rank that has finished runs it with the others.
 
     Before each forward, and when it has finished, a rank says whether it is still busy.
 
@@ -128,7 +126,7 @@ def _shard_model_state(model: nn.Module, state: dict, prefix: str, *_) -> None:
         state[name] = _local_shard(state[name], params[name])
 
 
-def _shard_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+def _shard_optimizer_state(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
     """Return a state dict with shards, which an optimizer is about to load (a hook).
 
     The optimizer would put whole tensors on the device, which may be too small for them.
@@ -141,9 +139,9 @@ def _shard_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> dic
 
     state = {
         i: {name: shard(value, params[i]) for name, value in param_state.items()}
-        for i, param_state in saved["state"].items()
+        for i, param_state in state_dict["state"].items()
     }
-    return {**saved, "state": state}
+    return {**state_dict, "state": state}
 
 
 def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -154,22 +152,22 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
 # ---- from shards to whole tensors ----
 
 
-def _gather_full_tensors(tree, gathered: dict[int, Tensor | None]):
+def _gather_full_tensors(tree, full_tensors: dict[int, Tensor | None]):
     """Return the same lists and dicts with whole tensors on the host of rank 0, None elsewhere; an exchange.
 
     Args:
-        gathered: {id of a divided tensor: its whole}, for tensors that stand under two names.
+        full_tensors: {id of a divided tensor: its whole}, for tensors that stand under two names.
     """
     if isinstance(tree, dict):
-        return {key: _gather_full_tensors(value, gathered) for key, value in tree.items()}
+        return {key: _gather_full_tensors(value, full_tensors) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_gather_full_tensors(value, gathered) for value in tree)
+        return type(tree)(_gather_full_tensors(value, full_tensors) for value in tree)
     if not isinstance(tree, DTensor):
         return tree
-    if id(tree) not in gathered:
-        full = tree.detach().full_tensor()
-        gathered[id(tree)] = full.cpu() if collectives.is_main_process() else None
-    return gathered[id(tree)]
+    if id(tree) not in full_tensors:
+        full_tensor = tree.detach().full_tensor()
+        full_tensors[id(tree)] = full_tensor.cpu() if collectives.is_main_process() else None
+    return full_tensors[id(tree)]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run after the step at hand, saved, on all ranks at the
-same step.
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end a run after the current step, with its state saved.
 
-A signal reaches one rank (`local_signal`); it counts once all ranks know of it (`agreed_signal`), which the
-exchange of each step tells them. With one process it counts at once. An evaluation is left at once
-(`interruptible`).
+All ranks stop at the same step. A signal reaches one rank (`local_signal`); it counts once all ranks know of
+it (`agreed_signal`), which the exchange of each step tells them. With one process it counts at once. An
+evaluation is left at once (`interruptible`).
 """
 
 import contextlib
@@ -30,15 +29,15 @@ class StopSignals:
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, on: bool = False):
-        self.on = on
+    def __init__(self, enabled: bool = False):
+        self.enabled = enabled
         self.may_leave_now = False  # whether the handler itself may raise
         self.previous_handlers = {}
         self.local_signal = 0  # number of the signal that this rank got last
         self.agreed_signal: str | None = None  # name of the signal that all ranks know of
 
     def __enter__(self) -> "StopSignals":
-        if self.on:
+        if self.enabled:
             self.previous_handlers = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
         return self
 
@@ -60,15 +59,15 @@ class StopSignals:
     def _local_name(self) -> str:
         return signal.Signals(self.local_signal).name
 
-    def merge(self, local_signals: Sequence[float]) -> None:
+    def merge_signals(self, local_signals: Sequence[float]) -> None:
         """Agree on what the ranks have received: of each rank the number of a signal, or 0."""
         if any(local_signals):
             self.agreed_signal = signal.Signals(int(max(local_signals))).name
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raise Interrupted on all ranks where one of them has been asked to stop; an exchange."""
-        if self.on and collectives.world_size() > 1:
-            self.merge([number for (number,) in collectives.gather([self.local_signal])])
+        if self.enabled and collectives.world_size() > 1:
+            self.merge_signals([number for (number,) in collectives.gather([self.local_signal])])
         if self.agreed_signal:
             raise Interrupted(self.agreed_signal)
 
@@ -79,25 +78,25 @@ class StopSignals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a request raises Interrupted at once; of several ranks in the work that each does by
-        itself.
+        """Inside, a request raises Interrupted at once.
 
-        Where a forward needs all ranks, none may leave: the request counts at the end.
+        With several ranks this holds in work that a rank does by itself. Where a forward needs all ranks, no
+        rank may leave: the request counts at the end.
         """
-        self.check()
+        self.raise_if_stopped()
         if collectives.world_size() == 1:
             with self._leaving():
                 yield
             return
         ranks_stay = collectives.forwards_are_exchanges()
-        if self.on and not ranks_stay:
+        if self.enabled and not ranks_stay:
             collectives.local_work = self._leaving
         try:
             yield
         finally:
             collectives.local_work = contextlib.nullcontext
         if ranks_stay:
-            self.check()
+            self.raise_if_stopped()
 
     @contextlib.contextmanager
     def _leaving(self) -> Iterator[None]:

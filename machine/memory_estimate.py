@@ -60,7 +60,7 @@ class Estimate:
         optimizer: of gradients and the optimizer's state.
         process: of this process before the model is loaded.
         loading: beyond the weights while they are read: a file of another dtype is mapped meanwhile.
-        free: free memory, with that of this process.
+        free_memory: free memory, with that of this process.
     """
 
     weights: float
@@ -69,7 +69,7 @@ class Estimate:
     optimizer: float
     process: float
     loading: float = 0.0
-    free: float = math.inf
+    free_memory: float = math.inf
 
     @property
     def needed(self) -> float:
@@ -87,7 +87,7 @@ class Estimate:
             parts += f", program {megabytes(self.process)}"
         if self.total > self.needed:
             parts += f"; while loading {megabytes(self.loading)} more than the weights"
-        return f"memory: about {megabytes(self.total)} MB ({parts}) of {megabytes(self.free)} MB free"
+        return f"memory: about {megabytes(self.total)} MB ({parts}) of {megabytes(self.free_memory)} MB free"
 
     def warning(self, args) -> str | None:
         """Return a line with the flags that lower the largest part, None where the memory is enough.
@@ -96,13 +96,14 @@ class Estimate:
             args: the arguments of the run; with `device_map` there is no warning, since the model is spread
                 over the memory that there is.
         """
-        if self.needed <= self.free or args.device_map:
+        if self.needed <= self.free_memory or args.device_map:
             return None
         part = max(FLAGS_BY_PART, key=lambda name: getattr(self, name))
         flags = " or ".join(f"--{flag}" for flag in FLAGS_BY_PART[part] if flag_would_help(flag, args))
         advice = f"gets less with {flags}" if flags else "is the model"
         return (
-            f"this run needs about {megabytes(self.needed)} MB, but {megabytes(self.free)} MB are free; "
+            f"this run needs about {megabytes(self.needed)} MB, "
+            f"but {megabytes(self.free_memory)} MB are free; "
             f"most of it ({part}, {megabytes(getattr(self, part))} MB) {advice}"
         )
 
@@ -138,12 +139,12 @@ def forward_bytes(model: ModelShape, batch: BatchShape, itemsize: int, copies: i
     widths = model.widths()
     rows = batch.rows * copies
     tokens = rows * batch.length
-    context = batch.cached + batch.length
+    context = batch.num_cached + batch.length
     # Gate, up and their product; residual, norm, output.
-    mlp = tokens * (3 * widths.inner + 4 * widths.hidden)
+    mlp = tokens * (3 * widths.intermediate_size + 4 * widths.hidden_size)
     # Keys and values of the context, repeated for all query heads, and as the cache holds them.
-    keys_and_values = rows * context * 2 * (widths.queries + widths.keys * (batch.cached > 0))
-    attention = tokens * (4 * widths.queries + 2 * widths.hidden) + keys_and_values
+    keys_and_values = rows * context * 2 * (widths.queries + widths.keys * (batch.num_cached > 0))
+    attention = tokens * (4 * widths.queries + 2 * widths.hidden_size) + keys_and_values
     # The mask; eager attention has scores and probabilities of each head.
     scores = tokens * context * (1 + 2 * model.score_heads)
     # Logits, and their copy for logsumexp, in fp32.
@@ -152,7 +153,7 @@ def forward_bytes(model: ModelShape, batch: BatchShape, itemsize: int, copies: i
 
 
 def saved_for_backward(
-    model: ModelShape, batch: BatchShape, itemsize: int, full: bool, checkpointing: bool
+    model: ModelShape, batch: BatchShape, itemsize: int, all_weights: bool, checkpointing: bool
 ) -> float:  # fmt: skip
     """Return the bytes that back-propagation saves in a forward: what the derivative of each operation needs.
 
@@ -160,22 +161,22 @@ def saved_for_backward(
         model: the shape of the model.
         batch: the shape of the batch.
         itemsize: bytes an element of the activations.
-        full: whether all weights are trained, not adapters alone.
+        all_weights: whether all weights are trained, not adapters alone.
         checkpointing: whether the layers' activations are computed twice instead.
     """
     widths = model.widths()
     # Queries, keys, values, output; inputs of two norms, in fp32.
-    per_token = 4 * widths.queries * itemsize + 2 * widths.hidden * 4
-    if full:  # the inputs of all matrices and norms too
-        per_token += (2 * widths.mlp_outputs + widths.queries + 4 * widths.hidden) * itemsize
+    per_token = 4 * widths.queries * itemsize + 2 * widths.hidden_size * 4
+    if all_weights:  # the inputs of all matrices and norms too
+        per_token += (2 * widths.mlp_outputs + widths.queries + 4 * widths.hidden_size) * itemsize
     else:  # the activation and its factor; input of the adapters, in fp32, for each that casts it
-        per_token += (2 * widths.mlp_outputs - widths.inner) * itemsize
-        per_token += widths.hidden * 4 * (1 if itemsize == 4 else 2)
+        per_token += (2 * widths.mlp_outputs - widths.intermediate_size) * itemsize
+        per_token += widths.hidden_size * 4 * (1 if itemsize == 4 else 2)
     mask = batch.rows * batch.length**2 * itemsize
     layer = batch.tokens * per_token + mask * 2 * model.score_heads
     layers = widths.layers * layer
     if checkpointing:
-        layers = batch.tokens * widths.hidden * itemsize * widths.layers + layer
+        layers = batch.tokens * widths.hidden_size * itemsize * widths.layers + layer
     return layers + mask + batch.reads * model.vocabulary * (itemsize + 12)
 
 
@@ -215,15 +216,15 @@ def activation_bytes(
             steps = math.ceil(args.num_train_epochs * len(train_examples) / batch_size)
         batch = largest_training_batch(train_examples, batch_size, steps)
         if args.trainer == "regular":
-            full = args.mode == "ft"
-            saved = saved_for_backward(model, batch, itemsize, full, args.gradient_checkpointing)
-            peaks.append(training_factor * saved)
+            all_weights = args.mode == "ft"
+            saved_bytes = saved_for_backward(model, batch, itemsize, all_weights, args.gradient_checkpointing)
+            peaks.append(training_factor * saved_bytes)
         else:
             copies = points_per_forward(batch.tokens)
             peaks.append(inference_factor * forward_bytes(model, batch, itemsize, copies))
     cache = 0
     if args.zo_cache_activations and on_cpu:
-        cache = sum(len(x.encodings[0]) for x in train_examples) * model.widths().hidden * itemsize
+        cache = sum(len(x.encodings[0]) for x in train_examples) * model.widths().hidden_size * itemsize
     return max(peaks) + cache
 
 
@@ -241,7 +242,7 @@ def weight_bytes(args, model: ModelShape) -> float:
     return weights
 
 
-def adapter_bytes(args, model: ModelShape, targets: list[tuple[int, int]]) -> float:
+def adapter_memory(args, model: ModelShape, targets: list[tuple[int, int]]) -> float:
     """Return the bytes of the trained adapter or prefix, in fp32; 0 in the other modes.
 
     Args:
@@ -266,7 +267,7 @@ def optimizer_bytes(args, model: ModelShape, adapter: float) -> float:
         return adapter * (1 + args.zo_queries + moments)
     if args.trainer == "none":
         return 0.0
-    head = model.vocabulary * model.widths().hidden
+    head = model.vocabulary * model.widths().hidden_size
     elements = {"ft": model.parameters, "head": head}.get(args.mode, 0)
     trained = elements * args.dtype.itemsize + adapter
     # A gradient and Adam's two moments, in the dtype of the trained weights.
@@ -285,8 +286,9 @@ def share_of_rank(args, model: ModelShape, weights: float, optimizer: float) -> 
     ranks = collectives.env_world_size()
     outside_layers = model.parameters - sum(out * into for out, into in model.linear.values())
     frozen = args.mode in ("lora", "xgblora", "prefix")
-    gathered = outside_layers * args.dtype.itemsize * (1 if frozen else 2)  # with the gradient where trained
-    return RankShare(weights / ranks + gathered, optimizer if frozen else optimizer / ranks)
+    tensors = 1 if frozen else 2  # a gradient for each weight that is trained
+    gathered_bytes = outside_layers * args.dtype.itemsize * tensors
+    return RankShare(weights / ranks + gathered_bytes, optimizer if frozen else optimizer / ranks)
 
 
 def estimate_run(
@@ -307,8 +309,8 @@ def estimate_run(
     on_cpu = args.device.type == "cpu"
     itemsize = args.dtype.itemsize
     all_weights = weights = weight_bytes(args, model)
-    targets = [model.linear[name] for name in model.targets(args.targets)]
-    adapter = adapter_bytes(args, model, targets)
+    targets = [model.linear[name] for name in model.adapted_matrices(args.targets)]
+    adapter = adapter_memory(args, model, targets)
     optimizer = optimizer_bytes(args, model, adapter)
     if args.sharded:
         weights, optimizer = share_of_rank(args, model, weights, optimizer)
@@ -320,7 +322,9 @@ def estimate_run(
         converted = args.load_int8 or args.load_int4 or file_itemsize != itemsize
         loading = all_weights - weights + (model.parameters * file_itemsize if converted else 0.0)
     resident = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available + resident if on_cpu else torch.cuda.mem_get_info(args.device)[0]
+    free_memory = (
+        psutil.virtual_memory().available + resident if on_cpu else torch.cuda.mem_get_info(args.device)[0]
+    )
     return Estimate(
         weights=weights,
         activations=activation_bytes(
@@ -330,7 +334,7 @@ def estimate_run(
         optimizer=optimizer,
         process=(resident + LIBRARY_BYTES) * on_cpu,
         loading=loading,
-        free=free,
+        free_memory=free_memory,
     )  # fmt: skip
 
 

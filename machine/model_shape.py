@@ -25,18 +25,19 @@ class Widths(NamedTuple):
 
     Attributes:
         layers: number of decoder layers.
-        hidden: width of the hidden states.
+        hidden_size: width of the hidden states.
         queries: width of the queries of all heads.
         keys: width of the keys of all heads; the values have the same width.
-        inner: width of the MLP behind its activation function.
-        mlp_outputs: width of all that the MLP's first matrices put out: `inner`, or twice that with a gate.
+        intermediate_size: width of the MLP behind its activation function.
+        mlp_outputs: width of all that the MLP's first matrices put out: `intermediate_size`,
+            or twice that with a gate.
     """
 
     layers: int
-    hidden: int
+    hidden_size: int
     queries: int
     keys: int
-    inner: int
+    intermediate_size: int
     mlp_outputs: int
 
 
@@ -55,25 +56,29 @@ class ModelShape(NamedTuple):
     linear: dict[str, tuple[int, int]]
     score_heads: int = 0
 
-    def targets(self, names: Sequence[str] | None = None) -> list[str]:
+    def adapted_matrices(self, names: Sequence[str] | None = None) -> list[str]:
         """Return the names of the matrices that LoRA adapts, by the rule of boosters/targets.py.
 
         Args:
             names: names or last parts of names; without them the default targets.
         """
-        chosen = names_ending_in(self.linear, names or DEFAULT_TARGETS)
-        return chosen or names_ending_in(self.linear, names or FUSED_TARGETS)
+        matrices = names_ending_in(self.linear, names or DEFAULT_TARGETS)
+        return matrices or names_ending_in(self.linear, names or FUSED_TARGETS)
 
     def widths(self) -> Widths:
         """Return the widths, as the matrices of the decoder layers have them."""
         layers = 1 + max(int(n) for name in self.linear for n in re.findall(r"\.(\d+)\.", name))
-        adapted = self.targets() or list(self.linear)
-        hidden = self.linear[adapted[0]][1]
-        inner = max(into for _, into in self.linear.values())
-        mlp_outputs = sum(out for out, _ in self.linear.values() if out >= inner and out % inner == 0)
-        queries = self._rows_of("q_proj", hidden)
-        keys = self._rows_of("k_proj", hidden)
-        return Widths(layers, hidden, queries, keys, inner, mlp_outputs // layers)
+        adapted = self.adapted_matrices() or list(self.linear)
+        hidden_size = self.linear[adapted[0]][1]
+        intermediate_size = max(into for _, into in self.linear.values())
+        mlp_outputs = sum(
+            out
+            for out, _ in self.linear.values()
+            if out >= intermediate_size and out % intermediate_size == 0
+        )
+        queries = self._rows_of("q_proj", hidden_size)
+        keys = self._rows_of("k_proj", hidden_size)
+        return Widths(layers, hidden_size, queries, keys, intermediate_size, mlp_outputs // layers)
 
     def _rows_of(self, name: str, default: int) -> int:
         """Return the rows of the first matrix whose name ends so, `default` where there is none."""
@@ -126,13 +131,13 @@ class BatchShape(NamedTuple):
         rows: rows of the batch.
         length: tokens of a row.
         reads: positions whose logits are computed.
-        cached: tokens in front of every row whose keys and values a cache holds.
+        num_cached: tokens in front of every row whose keys and values a cache holds.
     """
 
     rows: int
     length: int
     reads: int
-    cached: int = 0
+    num_cached: int = 0
 
     @property
     def tokens(self) -> int:
@@ -168,8 +173,8 @@ def largest_evaluation_batches(examples: Sequence[packing.Example]) -> list[Batc
     prefix_len = packing.shared_prefix_len(examples)
     by_length = sorted(examples, key=lambda x: -len(x.encodings[0]))
     tokens_so_far = itertools.accumulate(len(x.encodings[0]) - prefix_len for x in by_length)
-    full = (count for count, tokens in enumerate(tokens_so_far, 1) if tokens > 2 * packing.MAX_TOKENS)
-    longest = by_length[: next(full, len(by_length))]
+    full_counts = (count for count, tokens in enumerate(tokens_so_far, 1) if tokens > 2 * packing.MAX_TOKENS)
+    longest = by_length[: next(full_counts, len(by_length))]
     shortest = by_length[-packing.MAX_READS :]
     shapes = []
     for group in (longest, shortest):

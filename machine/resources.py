@@ -12,18 +12,18 @@ TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
 
 
-def keep_pages(keep: bool = True) -> None:
+def keep_pages(keep_freed: bool = True) -> None:
     """Tell glibc to keep freed memory: eager PyTorch on a CPU otherwise faults every large temporary in anew.
 
     `bench/step.py --default_malloc` measures what that saves. Does nothing where there is no glibc.
 
     Args:
-        keep: False gives freed memory back to the system, which costs time and saves memory.
+        keep_freed: False gives freed memory back to the system, which costs time and saves memory.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(MMAP_THRESHOLD, 1 << 25 if keep else 1 << 16)  # 1 << 25: the most that glibc takes
-        libc.mallopt(TRIM_THRESHOLD, 1 << 30 if keep else 1 << 16)
+        libc.mallopt(MMAP_THRESHOLD, 1 << 25 if keep_freed else 1 << 16)  # 1 << 25: the most that glibc takes
+        libc.mallopt(TRIM_THRESHOLD, 1 << 30 if keep_freed else 1 << 16)
     except (OSError, AttributeError):
         pass
 

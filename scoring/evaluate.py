@@ -84,8 +84,8 @@ class Evaluator:
             return _mean_logprobs(batch.examples, sums)
         keys = [tuple(map(tuple, x.encodings)) for x in batch.prior]
         # most tasks have one calibration prompt for all examples
-        distinct = dict(zip(keys, batch.prior, strict=True))
-        prior_sums = dict(zip(distinct, score(list(distinct.values())), strict=True))
+        distinct_prompts = dict(zip(keys, batch.prior, strict=True))
+        prior_sums = dict(zip(distinct_prompts, score(list(distinct_prompts.values())), strict=True))
         return [
             [s - p for s, p in zip(example_sums, prior_sums[key], strict=True)]
             for example_sums, key in zip(sums, keys, strict=True)
@@ -135,7 +135,7 @@ class Evaluator:
                 [prompts[i] for i in indices],
                 eos_token=settings.eos_token,
                 max_new_tokens=settings.max_new_tokens,
-                cached=not self.plain_rows,
+                use_cache=not self.plain_rows,
                 seed=self.seed + collectives.rank(),
                 progress=progress and self.progress,
                 **settings.sampling,
@@ -176,9 +176,9 @@ class Evaluator:
         """
         with data_parallel.on_this_rank_only():
             predictions = self.predict(batch.select(inputs["row"].tolist()), progress=False)
-        chosen = [prediction["prediction"] for prediction in predictions]
+        answers = [prediction["prediction"] for prediction in predictions]
         golds = [prediction["gold"] for prediction in predictions]
-        return torch.tensor(-float(objective(chosen, golds)))
+        return torch.tensor(-float(objective(answers, golds)))
 
 
 def _mean_logprobs(examples: Sequence[Example], sums: Sequence[list[float]]) -> list[list[float]]:
@@ -194,13 +194,13 @@ def score_over_ranks(
     examples: Sequence[Example],
     plain_rows: bool = False,
     progress: bool = False,
-    read: Callable | None = None,
+    readout: Callable | None = None,
 ) -> list[list]:
     """Return the result of `logprobs.score`, the examples divided among the ranks."""
 
     def score(indices: Sequence[int]) -> list[list]:
         part = [examples[i] for i in indices]
-        return logprobs.score(model, part, plain_rows=plain_rows, progress=progress, read=read)
+        return logprobs.score(model, part, plain_rows=plain_rows, progress=progress, readout=readout)
 
     first_encodings = [x.encodings[0] for x in examples]
     return data_parallel.map_over_ranks(first_encodings, list(map(num_tokens, examples)), score)

@@ -28,7 +28,9 @@ class LinearProbe:
         UsageError: scikit-learn is missing, or an option has fewer than two rows.
     """
 
-    def __init__(self, states: np.ndarray, labels: Sequence[int], early: bool = False, seed: int = 0):
+    def __init__(
+        self, states: np.ndarray, labels: Sequence[int], early_stopping: bool = False, seed: int = 0
+    ):
         try:
             from sklearn.linear_model import LogisticRegressionCV
         except ImportError as error:
@@ -42,7 +44,7 @@ class LinearProbe:
         self.regression = LogisticRegressionCV(
             cv=min(5, *counts.values()),
             max_iter=5000,
-            tol=1e-2 if early else 1e-4,
+            tol=1e-2 if early_stopping else 1e-4,
             random_state=seed,
             use_legacy_attributes=False,
             l1_ratios=(0,),
@@ -76,17 +78,17 @@ def prompt_states(
     """Return the input of the head at the last token of each prompt, [E, D] fp32."""
     prompts = [Example([[*_prompt(x), 0]], [1]) for x in examples]
     states = evaluate.score_over_ranks(
-        model, prompts, plain_rows=plain_rows, progress=progress, read=logprobs.option_hidden_states
+        model, prompts, plain_rows=plain_rows, progress=progress, readout=logprobs.option_hidden_states
     )
     return np.array([state for (state,) in states], dtype=np.float32)
 
 
 def _prompt(example: Example) -> list[int]:
     """Return the tokens in front of an example's options."""
-    first = example.encodings[0]
+    first_encoding = example.encodings[0]
     encodings_and_lens = zip(example.encodings, example.option_lens, strict=True)
     prompts = {tuple(ids[: len(ids) - n]) for ids, n in encodings_and_lens}
     if len(prompts) == 1:
         return list(prompts.pop())
     # a tokenizer that merges across the seam: the common beginning of all options
-    return first[: min(common_prefix_len(first, ids) for ids in example.encodings[1:])]
+    return first_encoding[: min(common_prefix_len(first_encoding, ids) for ids in example.encodings[1:])]

@@ -30,14 +30,14 @@ from scoring.packing import (
 from utils import input_device
 
 
-def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
+def attention_mask(end: Tensor, num_cached: int, dtype: torch.dtype) -> Tensor:
     """Return the additive mask of packed rows.
 
     A token sees itself, the tokens above it in its tree, and the whole cache.
 
     Args:
         end: [R, N] int64, the column where the part of the tree below each token ends.
-        cached: number of tokens in the key-value cache.
+        num_cached: number of tokens in the key-value cache.
 
     Returns:
         [R, 1, N, cached + N]: 0 where a token (third axis) sees another (last axis), otherwise the dtype's
@@ -45,8 +45,8 @@ def attention_mask(end: Tensor, cached: int, dtype: torch.dtype) -> Tensor:
     """
     column = torch.arange(end.shape[1], device=end.device)
     visible = (column[:, None] >= column) & (column[:, None] < end[:, None, :])  # [R, N, N]
-    mask = torch.zeros((len(end), end.shape[1], cached + end.shape[1]), dtype=dtype, device=end.device)
-    mask[..., cached:].masked_fill_(~visible, torch.finfo(dtype).min)
+    mask = torch.zeros((len(end), end.shape[1], num_cached + end.shape[1]), dtype=dtype, device=end.device)
+    mask[..., num_cached:].masked_fill_(~visible, torch.finfo(dtype).min)
     return mask[:, None]
 
 
@@ -92,13 +92,13 @@ def token_logprobs(
     prefix = trained_prefix(model)
     if prefix and not cache:
         cache = prefix.shared_cache(model.dtype)
-    cached = cache.get_seq_length() if cache else 0
+    num_cached = cache.get_seq_length() if cache else 0
     if "end" in batch:
-        mask = attention_mask(batch["end"], cached, model.dtype)
+        mask = attention_mask(batch["end"], num_cached, model.dtype)
         positions = batch["position_ids"] + (prefix.length if prefix else 0)
         inputs = {"attention_mask": mask.repeat(copies, 1, 1, 1), "position_ids": positions.repeat(copies, 1)}
     else:
-        mask = nn.functional.pad(batch["attention_mask"], (cached, 0), value=1)
+        mask = nn.functional.pad(batch["attention_mask"], (num_cached, 0), value=1)
         inputs = {"attention_mask": mask.repeat(copies, 1)}
 
     def select_places(head, args):
@@ -181,7 +181,7 @@ def score(
     budget: int = MAX_TOKENS,
     plain_rows: bool = False,
     progress: bool = False,
-    read: Callable | None = None,
+    readout: Callable | None = None,
 ) -> list[list]:
     """Return the log-probability of each option of each example, in input order.
 
@@ -189,21 +189,21 @@ def score(
 
     Args:
         budget: tokens of one forward.
-        read: function of (model, batch, cache) -> [1, O, …] that takes the place of `option_logprobs`.
+        readout: function of (model, batch, cache) -> [1, O, …] that takes the place of `option_logprobs`.
 
     Raises:
         FloatingPointError: the model gives NaN, which a comparison of scores would hide.
     """
     model.eval()
-    split = [] if plain_rows else split_by_prefix([x.encodings[0] for x in examples])
-    if len(split) > 1:
+    parts = [] if plain_rows else split_by_prefix([x.encodings[0] for x in examples])
+    if len(parts) > 1:
         scores_by_index: dict[int, list] = {}
-        for part in split:
-            part_scores = score(model, [examples[i] for i in part], budget, plain_rows, progress, read)
+        for part in parts:
+            part_scores = score(model, [examples[i] for i in part], budget, plain_rows, progress, readout)
             scores_by_index |= zip(part, part_scores, strict=True)
         return [scores_by_index[i] for i in range(len(examples))]
     device = input_device(model)
-    read = read or option_logprobs
+    readout = readout or option_logprobs
     start = 0 if plain_rows else shared_prefix_len(examples)
     cache = encode_shared_prefix(model, examples[0].encodings[0][:start]) if start else None
     values: dict[tuple[int, int], float] = {}
@@ -213,7 +213,7 @@ def score(
             tensors = to_tensors(examples, group, plain_rows)
             batch = {name: tensor.to(device) for name, tensor in tensors.items()}
             keys = option_keys(group)
-            values |= zip(keys, read(model, batch, cache)[0].tolist(), strict=True)
+            values |= zip(keys, readout(model, batch, cache)[0].tolist(), strict=True)
             bar.update(sum(k == 0 for _, k in keys))
     scores = [[values[i, k] for k in range(len(x.encodings))] for i, x in enumerate(examples)]
     if any(value != value for row in scores for value in row):
@@ -221,7 +221,7 @@ def score(
     return scores
 
 
-def supports_packed_rows(model: nn.Module, longest: int = MAX_TOKENS) -> bool:
+def supports_packed_rows(model: nn.Module, max_length: int = MAX_TOKENS) -> bool:
     """Return whether this model scores packed rows as it scores plain ones.
 
     Short examples are scored both ways, with and without a beginning that all of them share and that a cache
@@ -229,42 +229,44 @@ def supports_packed_rows(model: nn.Module, longest: int = MAX_TOKENS) -> bool:
     shorter than a row or a prompt would give silent wrong numbers; such a model gets plain rows.
 
     Args:
-        longest: tokens of the longest prompt.
+        max_length: tokens of the longest prompt.
     """
-    if _attends_in_windows(model.config.get_text_config(), max(MAX_TOKENS, longest)):
+    if _attends_in_windows(model.config.get_text_config(), max(MAX_TOKENS, max_length)):
         return False
     probes = _probe_examples(model.config.get_text_config().vocab_size - 1)
     try:
-        packed = [row for examples in probes for row in score(model, examples)]
+        packed_scores = [row for examples in probes for row in score(model, examples)]
     except Exception:  # a model that can't take the mask may fail in any way
         return False
-    plain = [row for examples in probes for row in score(model, examples, plain_rows=True)]
+    plain_scores = [row for examples in probes for row in score(model, examples, plain_rows=True)]
     absolute, relative = (1e-3, 1e-4) if model.dtype == torch.float32 else (0.1, 0.02)
     if getattr(model, "is_quantized", False):  # a rounding of an activation to 8 bits may go either way
         absolute, relative = 0.5, 0.05
     return all(
         abs(a - b) <= absolute + relative * abs(a)
-        for x, y in zip(packed, plain, strict=True)
+        for x, y in zip(packed_scores, plain_scores, strict=True)
         for a, b in zip(x, y, strict=True)
     )
 
 
-def _attends_in_windows(config, longest: int) -> bool:
-    """Return whether a layer may see less than all of a row of `longest` tokens."""
+def _attends_in_windows(config, max_length: int) -> bool:
+    """Return whether a layer may see less than all of a row of `max_length` tokens."""
     layer_kinds = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or [])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     # Gemma 2 has some layers with a window, and the window is wide enough
-    allowed = {"full_attention", "global"} | ({"sliding_attention"} if window else set())
-    return bool(window and window <= longest) or not layer_kinds <= allowed
+    unlimited_kinds = {"full_attention", "global"} | ({"sliding_attention"} if window else set())
+    return bool(window and window <= max_length) or not layer_kinds <= unlimited_kinds
 
 
-def _probe_examples(top: int) -> tuple[list[Example], list[Example]]:
-    """Return short examples of ids up to `top`, and the same behind a beginning that is worth a cache."""
-    prompts = [[min(top, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
+def _probe_examples(largest_id: int) -> tuple[list[Example], list[Example]]:
+    """Return short examples of ids up to `largest_id`, and the same behind a prefix that is worth a cache."""
+    prompts = [[min(largest_id, 5 + 7 * i + j) for i in range(9 + 4 * j)] for j in range(2)]
     prompts.append([*prompts[1][:-1], 2])  # begins like another one
-    cached = [[min(top, 3 * i + 1) for i in range(MIN_SHARED_TOKENS)] + prompt for prompt in prompts]
+    long_prompts = [
+        [min(largest_id, 3 * i + 1) for i in range(MIN_SHARED_TOKENS)] + prompt for prompt in prompts
+    ]
     endings = [[3, 4, 6], [8, 4], [3, 9, 7, 6]]
     lens = [len(ending) for ending in endings]
-    alone = [Example([prompt + ending for ending in endings], lens) for prompt in prompts]
-    behind = [Example([prompt + ending for ending in endings], lens) for prompt in cached]
-    return alone, behind
+    short_examples = [Example([prompt + ending for ending in endings], lens) for prompt in prompts]
+    long_examples = [Example([prompt + ending for ending in endings], lens) for prompt in long_prompts]
+    return short_examples, long_examples

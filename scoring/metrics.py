@@ -29,10 +29,10 @@ def macro_f1(predictions: Sequence, golds: Sequence) -> float:
     """
     pairs = list(zip(predictions, golds, strict=True))
     golds = [(p if p in g else g[0]) if isinstance(g, list) else g for p, g in pairs]
-    predicted = Counter(predictions)
-    gold = Counter(golds)
+    predicted_counts = Counter(predictions)
+    gold_counts = Counter(golds)
     hits = Counter(p for p, g in zip(predictions, golds, strict=True) if p == g)
-    return fmean(2 * hits[c] / (predicted[c] + gold[c]) for c in predicted | gold)
+    return fmean(2 * hits[c] / (predicted_counts[c] + gold_counts[c]) for c in predicted_counts | gold_counts)
 
 
 def answer_words(answer: str) -> list[str]:
@@ -40,8 +40,8 @@ def answer_words(answer: str) -> list[str]:
 
     They are in lower case, without punctuation and articles.
     """
-    bare = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    letters = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
@@ -69,26 +69,26 @@ def find_metric(name: str) -> Callable[[Sequence, Sequence], float]:
     Raises:
         UsageError: there is no function of that name.
     """
-    known = {
+    metrics = {
         "accuracy": accuracy,
         "f1": lambda predictions, golds: fmean(map(f1, predictions, golds)),
         "em": lambda predictions, golds: fmean(map(exact_match, predictions, golds)),
     }
-    if name in known:
-        return known[name]
+    if name in metrics:
+        return metrics[name]
     metric = load_from_file(name)
     if not callable(metric):
-        raise UsageError(f"--objective {name}: there are {', '.join(known)}, or file.py:name of a function")
+        raise UsageError(f"--objective {name}: there are {', '.join(metrics)}, or file.py:name of a function")
     return metric
 
 
 def options_metrics(predictions: Sequence[dict], metric_name: str) -> dict[str, float]:
     """Return accuracy (a fraction) and mean loss of chosen options; macro F1 too if it is the metric."""
-    chosen = [prediction["prediction"] for prediction in predictions]
+    answers = [prediction["prediction"] for prediction in predictions]
     golds = [prediction["gold"] for prediction in predictions]
-    values = {"accuracy": accuracy(chosen, golds)}
+    values = {"accuracy": accuracy(answers, golds)}
     if metric_name == "macro_f1":
-        values["macro_f1"] = macro_f1(chosen, golds)
+        values["macro_f1"] = macro_f1(answers, golds)
     return {**values, "loss": fmean(prediction["loss"] for prediction in predictions)}
 
 
@@ -135,14 +135,14 @@ def auc(margins: Sequence[float], golds: Sequence[int]) -> float:
     """
     order = sorted(range(len(margins)), key=lambda i: margins[i])
     ranks = [0.0] * len(margins)
-    first = 0
-    while first < len(order):  # equal margins share the mean of their ranks
-        last = first
-        while last + 1 < len(order) and margins[order[last + 1]] == margins[order[first]]:
-            last += 1
-        for i in order[first : last + 1]:
-            ranks[i] = (first + last) / 2 + 1
-        first = last + 1
+    begin = 0
+    while begin < len(order):  # equal margins share the mean of their ranks
+        end = begin
+        while end + 1 < len(order) and margins[order[end + 1]] == margins[order[begin]]:
+            end += 1
+        for i in order[begin : end + 1]:
+            ranks[i] = (begin + end) / 2 + 1
+        begin = end + 1
     n = sum(golds)
-    above = sum(rank for rank, gold in zip(ranks, golds, strict=True) if gold) - n * (n + 1) / 2
-    return above / (n * (len(golds) - n))
+    rank_sum = sum(rank for rank, gold in zip(ranks, golds, strict=True) if gold) - n * (n + 1) / 2
+    return rank_sum / (n * (len(golds) - n))

@@ -82,20 +82,20 @@ class Tree:
         tree = cls()
         sequences = [(x.encodings[k][start:-1], i, k, x) for i, x, options in members for k in options]
         path: list[int] = []  # nodes from the root to the last token of the current sequence
-        previous: list[int] = []
+        previous_ids: list[int] = []
         for ids, i, k, x in sorted(sequences, key=lambda sequence: sequence[0]):
-            shared = common_prefix_len(previous, ids)
+            shared_len = common_prefix_len(previous_ids, ids)
             size = len(tree.tokens)
-            for node in path[shared:]:
+            for node in path[shared_len:]:
                 tree.ends[node] = size
-            added = len(ids) - shared
-            path[shared:] = range(size, size + added)
-            tree.tokens += ids[shared:]
-            tree.positions += range(start + shared, start + len(ids))
-            tree.ends += [0] * added
+            num_added = len(ids) - shared_len
+            path[shared_len:] = range(size, size + num_added)
+            tree.tokens += ids[shared_len:]
+            tree.positions += range(start + shared_len, start + len(ids))
+            tree.ends += [0] * num_added
             tree.paths[i, k] = [*path]
             tree.reads[i, k] = [(path[p - 1 - start], x.encodings[k][p]) for p in x.positions(k)]
-            previous = ids
+            previous_ids = ids
         for node in path:
             tree.ends[node] = len(tree.tokens)
         return tree
@@ -128,24 +128,24 @@ def build_trees(examples: Sequence[Example], plain_rows: bool = False, start: in
     for i in sorted(range(len(examples)), key=lambda i: examples[i].encodings[0]):
         x = examples[i]
         member = (i, x, range(len(x.encodings)))
-        single = Tree.from_options([member], start)
-        size = len(single.tokens)
+        tree = Tree.from_options([member], start)
+        size = len(tree.tokens)
         if groups:
-            shared = common_prefix_len(groups[-1][-1][1].encodings[0], x.encodings[0]) - start
-            joined = length + size - shared
+            shared_len = common_prefix_len(groups[-1][-1][1].encodings[0], x.encodings[0]) - start
+            joined_len = length + size - shared_len
             reads += sum(x.option_lens)
-            cheaper = row_cost(joined) < row_cost(length) + row_cost(size)
-            if joined <= MAX_TOKENS and reads <= MAX_READS and cheaper:
+            is_cheaper = row_cost(joined_len) < row_cost(length) + row_cost(size)
+            if joined_len <= MAX_TOKENS and reads <= MAX_READS and is_cheaper:
                 groups[-1].append(member)
-                length = joined
+                length = joined_len
                 continue
         groups.append([member])
-        single_trees.append(single)
+        single_trees.append(tree)
         length = size
         reads = sum(x.option_lens)
     return [
-        single if len(group) == 1 else Tree.from_options(group, start)
-        for single, group in zip(single_trees, groups, strict=True)
+        tree if len(group) == 1 else Tree.from_options(group, start)
+        for tree, group in zip(single_trees, groups, strict=True)
     ]
 
 
@@ -253,10 +253,10 @@ def bin_pack(sizes: Sequence[int]) -> list[tuple[int, int]]:
         rows = [(0, row) for row in range(n_rows)]  # a heap of (tokens so far, row)
         starts = [(0, 0)] * len(sizes)
         for i in order:
-            filled, row = rows[0]
-            starts[i] = (row, filled)
-            heapq.heapreplace(rows, (filled + sizes[i], row))
-        width = max(filled for filled, _ in rows)
+            num_tokens, row = rows[0]
+            starts[i] = (row, num_tokens)
+            heapq.heapreplace(rows, (num_tokens + sizes[i], row))
+        width = max(num_tokens for num_tokens, _ in rows)
         cost = n_rows * row_cost(width)
         if cost < best_cost:
             best_cost = cost
@@ -318,8 +318,8 @@ def shared_prefix_len(examples: Sequence[Example]) -> int:
     if len(encodings) < 2:
         return 0
     first_read = min(x.positions(k)[0] - 1 for x in examples for k in range(len(x.encodings)))
-    shared = min(common_prefix_len(min(encodings), max(encodings)), first_read)
-    return shared if shared >= MIN_SHARED_TOKENS else 0
+    shared_len = min(common_prefix_len(min(encodings), max(encodings)), first_read)
+    return shared_len if shared_len >= MIN_SHARED_TOKENS else 0
 
 
 def num_tokens(example: Example) -> int:

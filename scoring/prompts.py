@@ -74,15 +74,15 @@ class Prompts:
         Raises:
             UsageError: a prompt does not fit, an option is empty, or the model does not know an id.
         """
-        one_list_each = bool(demonstrations) and isinstance(demonstrations[0], list)
+        has_list_each = bool(demonstrations) and isinstance(demonstrations[0], list)
         examples = []
         n_cut = 0
         for i, sample in enumerate(samples):
-            shots = demonstrations[i] if one_list_each else demonstrations
-            example, cut = self._encode(sample, shots, sfc, icl_sfc, gold)
+            shots = demonstrations[i] if has_list_each else demonstrations
+            example, num_cut = self._encode(sample, shots, sfc, icl_sfc, gold)
             self._refuse_unknown_ids(example)
             examples.append(example)
-            n_cut += cut > 0
+            n_cut += num_cut > 0
         if n_cut:
             text = "%d of %d prompts are longer than %d tokens: cut on the left"
             logger.info(text, n_cut, len(examples), self.max_length)
@@ -93,9 +93,9 @@ class Prompts:
         task = self.task
         if task.kind == TEXT:
             where = f"task {task.name}, example {sample.id}"
-            ids, targets, cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
-            return Example([ids], [len(targets)], targets=[targets]), cut
-        encodings, option_lens, cut = prompt_tokens(
+            ids, targets, num_cut = text_tokens(self.tokenizer, sample.data, self.max_length, where)
+            return Example([ids], [len(targets)], targets=[targets]), num_cut
+        encodings, option_lens, num_cut = prompt_tokens(
             task,
             self.template,
             demonstrations,
@@ -108,13 +108,13 @@ class Prompts:
             generation_with_gold=task.generation and gold,
             max_new_tokens=self.max_new_tokens if task.generation else None,
         )
-        return Example(encodings, option_lens, self.label(sample)), cut
+        return Example(encodings, option_lens, self.label(sample)), num_cut
 
     def _refuse_unknown_ids(self, example: Example) -> None:
-        top = max(map(max, example.encodings))
-        if top >= self.vocabulary:
+        largest_id = max(map(max, example.encodings))
+        if largest_id >= self.vocabulary:
             raise UsageError(
-                f"--model_name {self.model_name}: its tokenizer gives id {top}, but the model knows "
+                f"--model_name {self.model_name}: its tokenizer gives id {largest_id}, but the model knows "
                 f"{self.vocabulary} tokens: the tokenizer is of another model"
             )
 
@@ -122,9 +122,9 @@ class Prompts:
         """Return the index of the right candidate, the first of them where several are right."""
         if self.task.kind != OPTIONS:
             return 0
-        right = sample.correct_candidate
-        right = right if isinstance(right, list) else [right]
-        return next(i for i, candidate in enumerate(sample.candidates) if candidate in right)
+        right_candidates = sample.correct_candidate
+        right_candidates = right_candidates if isinstance(right_candidates, list) else [right_candidates]
+        return next(i for i, candidate in enumerate(sample.candidates) if candidate in right_candidates)
 
     def eval_batch(self, samples, demonstrations=()) -> EvalBatch:
         """Return the batch of an evaluation on these samples; demonstrations as of `examples`."""

@@ -59,8 +59,12 @@ def test_a_cached_row_is_the_same_in_any_pack(family):
     """Rows that share a tree in their batch, and batches in another order, take the states of their own rows."""
     model, lora = upper(family)
     layers, first = lora.first_adapted_layer
-    cache = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain=False)
-    assert any(len(t.reads) > len(x.encodings) for t in packing.build_trees(cache.examples) for x in cache.examples[:1])
+    cache = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain_rows=False)
+    assert any(
+        len(t.reads) > len(x.encodings)
+        for t in packing.build_trees(cache.examples)
+        for x in cache.examples[:1]
+    )
     for some in (cache.examples[::-1], cache.examples[2:5], cache.examples[:1]):
         batch = packing.pack(some)
         expected = activation_cache.capture_hidden_states(
@@ -79,7 +83,12 @@ def test_the_lower_layers_run_once_for_all_points(family):
     batch = packing.pack(some_examples(4))
     hidden = activation_cache.capture_hidden_states(layers[first], lambda: logprobs.loss(model, batch, True))
     engine = ZerothOrder(
-        [{"params": lora.parameters()}], 1e-3, 1e-2, master=True, queries=3, set_perturbations=lora.set_perturbations
+        [{"params": lora.parameters()}],
+        1e-3,
+        1e-2,
+        master=True,
+        queries=3,
+        set_perturbations=lora.set_perturbations,
     )
     with activation_cache.skip_lower_layers(layers, first, hidden):
         engine.estimate(lambda **k: logprobs.loss(model, batch, True, **k), copies=2)
@@ -89,14 +98,20 @@ def test_the_lower_layers_run_once_for_all_points(family):
 def test_an_error_inside_leaves_the_model_whole():
     layers, first = upper("llama")[1].first_adapted_layer
     kept = list(layers)
-    with pytest.raises(ZeroDivisionError), activation_cache.skip_lower_layers(layers, first, torch.zeros(1, 1, 32)):
+    with (
+        pytest.raises(ZeroDivisionError),
+        activation_cache.skip_lower_layers(layers, first, torch.zeros(1, 1, 32)),
+    ):
         raise ZeroDivisionError
     assert list(layers) == kept and not layers[first]._forward_pre_hooks
     assert activation_cache.capture_hidden_states(layers[first], lambda: None) is None
 
 
 def logs(path="out"):
-    state = max(checkpoints.list_checkpoints(path), key=lambda p: int(p.name.rpartition("-")[2])) / "trainer_state.json"
+    state = (
+        max(checkpoints.list_checkpoints(path), key=lambda p: int(p.name.rpartition("-")[2]))
+        / "trainer_state.json"
+    )
     return [e["loss"] for e in json.loads(state.read_text())["log_history"] if "loss" in e]
 
 
@@ -137,4 +152,4 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(monkeypatch):
     model, lora = upper("opt")
     monkeypatch.setattr(activation_cache.psutil, "virtual_memory", lambda: namedtuple("M", "available")(0))
     with pytest.raises(UsageError, match="--num_train"):
-        activation_cache.ActivationCache(model, *lora.first_adapted_layer, some_examples(3), plain=False)
+        activation_cache.ActivationCache(model, *lora.first_adapted_layer, some_examples(3), plain_rows=False)

@@ -201,7 +201,7 @@ def test_packed_rows_are_found_in_half_precision_too(family):
 
 
 def test_windows_decide_where_rows_may_be_longer():
-    assert not logprobs.supports_packed_rows(tiny_model("gemma2"), longest=8192)
+    assert not logprobs.supports_packed_rows(tiny_model("gemma2"), max_length=8192)
     assert not logprobs.supports_packed_rows(tiny_model("gemma2", sliding_window=1024))
     assert logprobs.supports_packed_rows(tiny_model("gemma3", sliding_window=4096))
 
@@ -233,7 +233,7 @@ def test_answers_are_those_of_one_prompt_at_a_time(family):
         prompts = some_prompts(beginning)
         expected = plain_answers(model, prompts, 6)
         answers = generate.generate(
-            model, tiny_tokenizer(), prompts, max_new_tokens=6, do_sample=False, cached=packs(family)
+            model, tiny_tokenizer(), prompts, max_new_tokens=6, do_sample=False, use_cache=packs(family)
         )
         assert any(expected) and answers == expected
 

@@ -16,7 +16,7 @@ def test_answers_equal_those_of_one_prompt_at_a_time(family, beginning):
     if beginning:
         prompts[3] = prompts[3][25:]  # as if it had been cut
         expected = plain_answers(model, prompts, 12)
-    for settings in ({}, {"budget": 1}, {"cached": False}):
+    for settings in ({}, {"budget": 1}, {"use_cache": False}):
         settings |= {"max_new_tokens": 12, "do_sample": False}
         answers = generate.generate(model, tiny_tokenizer(), prompts, **settings)
         assert answers == expected, settings

@@ -42,9 +42,9 @@ def test_parameters_are_counted_exactly(family):
     assert shape.vocabulary == model.config.vocab_size
     assert torch.equal(rng_state, torch.get_rng_state()) and model.config.to_dict() == config
     widths = shape.widths()
-    assert (widths.layers, widths.hidden, widths.queries) == (2, 32, 32)
-    assert widths.inner == (128 if family == "gpt2" else 48)
-    assert widths.mlp_outputs == widths.inner * (2 if family in ("llama", "qwen2") else 1)
+    assert (widths.layers, widths.hidden_size, widths.queries) == (2, 32, 32)
+    assert widths.intermediate_size == (128 if family == "gpt2" else 48)
+    assert widths.mlp_outputs == widths.intermediate_size * (2 if family in ("llama", "qwen2") else 1)
 
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM])
@@ -63,7 +63,7 @@ def test_a_gguf_file_has_the_shape_of_its_model(tmp_path):
     assert (shape.parameters, shape.vocabulary) == (expected.parameters, expected.vocabulary)
     assert shape.widths() == expected.widths()
     assert sorted(shape.linear.values()) == sorted(expected.linear.values())
-    assert len(shape.targets()) == len(expected.targets()) == 4
+    assert len(shape.adapted_matrices()) == len(expected.adapted_matrices()) == 4
 
 
 def test_weights_and_optimizer_are_what_torch_holds():
@@ -153,17 +153,17 @@ def test_evaluation_is_packed_as_it_will_be(monkeypatch):
 def test_too_little_memory_names_what_to_lower(flags, largest, words):
     parts = dict.fromkeys(memory_estimate.FLAGS_BY_PART, 1e6) | {largest: 5e6}
     args = parsed(flags)
-    warning = memory_estimate.Estimate(**parts, process=1e6, free=8e6).warning(args)
+    warning = memory_estimate.Estimate(**parts, process=1e6, free_memory=8e6).warning(args)
     assert warning.startswith("this run needs about 9 MB, but 8 MB are free")
     assert f"({largest}, 5 MB)" in warning
     assert all(word in warning for word in words), warning
-    assert memory_estimate.Estimate(**parts, process=1e6, free=10e6).warning(args) is None
+    assert memory_estimate.Estimate(**parts, process=1e6, free_memory=10e6).warning(args) is None
 
 
 def test_flags_that_are_given_already_are_not_named():
     flags = "--trainer regular --lora --load_bfloat16 --gradient_checkpointing"
     flags += " --per_device_train_batch_size 1"
-    warning = memory_estimate.Estimate(0, 5e6, 0, 0, 0, free=1e6).warning(parsed(flags))
+    warning = memory_estimate.Estimate(0, 5e6, 0, 0, 0, free_memory=1e6).warning(parsed(flags))
     assert warning.endswith("gets less with --max_length")
 
 

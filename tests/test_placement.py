@@ -124,7 +124,7 @@ def test_a_prefix_generates_offloaded():
     prompts, outcomes = [x.encodings[0] for x in some_examples(beginning=20)], []
     for model in (tiny_model("llama"), offloaded("llama")):
         PrefixTuning(model, 3)
-        ways = ({}, {"num_beams": 2}, {"cached": False})
+        ways = ({}, {"num_beams": 2}, {"use_cache": False})
         outcomes.append([generate(model, tiny_tokenizer(), prompts, max_new_tokens=4, **how) for how in ways])
     assert outcomes[0] == outcomes[1]
 

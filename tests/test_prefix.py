@@ -55,7 +55,7 @@ def within_tolerance(a, b, absolute=2e-5, relative=1e-5):
     return all(abs(x - y) <= 4 * absolute + relative * abs(y) for x, y in pairs)
 
 
-SETTINGS = [{}, {"budget": 1}, {"cached": False}, {"cached": False, "num_beams": 2}]  # of generation
+SETTINGS = [{}, {"budget": 1}, {"use_cache": False}, {"use_cache": False, "num_beams": 2}]  # of generation
 
 
 @pytest.mark.parametrize("beginning", [0, 20])

@@ -187,7 +187,7 @@ def test_windows_longer_than_the_probe_are_seen_too():
         return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
 
     assert not logprobs.supports_packed_rows(model(64))
-    assert not logprobs.supports_packed_rows(model(4096), longest=8192)
+    assert not logprobs.supports_packed_rows(model(4096), max_length=8192)
     assert logprobs.supports_packed_rows(model(4096)) and logprobs.supports_packed_rows(model(None))
 
 

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class _HiddenStatesCaptured(Exception):
     """Carries hidden states out of a forward, which ends there."""
 
-    def __init__(self, hidden: Tensor):
-        self.hidden = hidden
+    def __init__(self, hidden_states: Tensor):
+        self.hidden_states = hidden_states
 
 
 class IdentityLayer(nn.Module):
@@ -66,28 +66,30 @@ def capture_hidden_states(layer: nn.Module, forward: Callable) -> Tensor | None:
         with torch.inference_mode():
             forward()
     except _HiddenStatesCaptured as captured:
-        return captured.hidden
+        return captured.hidden_states
     finally:
         hook.remove()
     return None
 
 
 @contextlib.contextmanager
-def skip_lower_layers(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
-    """Inside, the layers below number `first` do nothing, and layer `first` gets given hidden states.
+def skip_lower_layers(layers: nn.ModuleList, first_layer: int, hidden_states: Tensor) -> Iterator[None]:
+    """Inside, the layers below `first_layer` do nothing, and layer `first_layer` gets given hidden states.
 
     Args:
-        hidden: [R, N, D] for a batch of R rows, or for one that holds copies of these rows one behind the
-            other.
+        layers: the decoder layers.
+        first_layer: number of the layer that gets the hidden states.
+        hidden_states: [R, N, D] for a batch of R rows, or for one that holds copies of these rows one behind
+            the other.
     """
 
     def replace_input(module, args, kwargs):
         rows = args[0] if args else kwargs["hidden_states"]
-        states = hidden.repeat(rows.shape[-3] // len(hidden), 1, 1)
+        states = hidden_states.repeat(rows.shape[-3] // len(hidden_states), 1, 1)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    lower_layers = list(layers[:first])
-    hook = layers[first].register_forward_pre_hook(replace_input, with_kwargs=True)
+    lower_layers = list(layers[:first_layer])
+    hook = layers[first_layer].register_forward_pre_hook(replace_input, with_kwargs=True)
     try:
         for i, layer in enumerate(lower_layers):
             layers[i] = IdentityLayer(layer)
@@ -99,20 +101,26 @@ def skip_lower_layers(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iter
 
 
 def reuse_lower_layers(
-    place: tuple[nn.ModuleList, int] | None, forward: Callable, cached: Tensor | None = None
+    place: tuple[nn.ModuleList, int] | None, forward: Callable, cached_states: Tensor | None = None
 ) -> contextlib.AbstractContextManager:
     """Return a context in which `forward` runs the upper layers alone.
 
     Args:
         place: the decoder layers, and the number of the lowest one that is perturbed; None: not known.
         forward: runs the model; outside the context it is run once, up to the lowest perturbed layer.
-        cached: the hidden states that come to that layer, where an `ActivationCache` holds them.
+        cached_states: the hidden states that come to that layer, where an `ActivationCache` holds them.
     """
-    layers, first = place or (None, 0)
-    if first == 0:
+    layers, first_layer = place or (None, 0)
+    if first_layer == 0:
         return contextlib.nullcontext()
-    hidden = capture_hidden_states(layers[first], forward) if cached is None else cached
-    return contextlib.nullcontext() if hidden is None else skip_lower_layers(layers, first, hidden)
+    hidden_states = (
+        capture_hidden_states(layers[first_layer], forward) if cached_states is None else cached_states
+    )
+    return (
+        contextlib.nullcontext()
+        if hidden_states is None
+        else skip_lower_layers(layers, first_layer, hidden_states)
+    )
 
 
 class ActivationCache:
@@ -135,8 +143,8 @@ class ActivationCache:
     """
 
     def __init__(
-        self, model, layers: nn.ModuleList, first: int, examples: Sequence[packing.Example], plain: bool,
-        rank: int = 0, world_size: int = 1,
+        self, model, layers: nn.ModuleList, first_layer: int, examples: Sequence[packing.Example],
+        plain_rows: bool, rank: int = 0, world_size: int = 1,
     ):  # fmt: skip
         self.examples = list(examples)
         indices = range(rank, len(examples), world_size)
@@ -151,31 +159,32 @@ class ActivationCache:
             tokens += len(tree.tokens)
         self.states = self._allocate(model, len(indices), tokens)
         for group in group_by_tokens(trees):
-            self._fill(model, layers[first], [self.examples[indices[i]] for i in group], plain)
+            self._fill(model, layers[first_layer], [self.examples[indices[i]] for i in group], plain_rows)
 
     def _allocate(self, model, rows: int, tokens: int) -> Tensor:
         width = model.config.get_text_config().hidden_size
-        needed = tokens * width * model.dtype.itemsize
-        free = psutil.virtual_memory().available
-        size = f"--zo_cache_activations: {rows} rows, {tokens} tokens of width {width}: {needed / 1e6:.1f} MB"
-        if needed > 0.9 * free:
+        needed_bytes = tokens * width * model.dtype.itemsize
+        free_bytes = psutil.virtual_memory().available
+        shape = f"{rows} rows, {tokens} tokens of width {width}"
+        size = f"--zo_cache_activations: {shape}: {needed_bytes / 1e6:.1f} MB"
+        if needed_bytes > 0.9 * free_bytes:
             advice = "take fewer --num_train rows, half precision, or no cache"
-            raise UsageError(f"{size}, but {free / 1e6:.0f} MB are free: {advice}")
+            raise UsageError(f"{size}, but {free_bytes / 1e6:.0f} MB are free: {advice}")
         logger.info("%s on the host", size)
         return torch.empty(tokens, width, dtype=model.dtype)
 
-    def _fill(self, model, layer: nn.Module, examples: list[packing.Example], plain: bool) -> None:
+    def _fill(self, model, layer: nn.Module, examples: list[packing.Example], plain_rows: bool) -> None:
         """Run the lower layers on these examples and keep what comes to `layer`."""
-        if plain:
+        if plain_rows:
             forest = packing.build_trees(examples, plain_rows=True)
         else:
             forest = [single_tree(i, x) for i, x in enumerate(examples)]
-        batch = packing.to_tensors(examples, forest, plain)
-        real = batch["attention_mask" if plain else "end"] > 0  # the rest is filling
+        batch = packing.to_tensors(examples, forest, plain_rows)
+        is_token = batch["attention_mask" if plain_rows else "end"] > 0  # the rest is filling
         device = input_device(model)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        hidden = capture_hidden_states(layer, lambda: logprobs.option_logprobs(model, batch))
-        self.states[batch["cache_rows"].cpu()[real]] = hidden.cpu()[real]
+        hidden_states = capture_hidden_states(layer, lambda: logprobs.option_logprobs(model, batch))
+        self.states[batch["cache_rows"].cpu()[is_token]] = hidden_states.cpu()[is_token]
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the hidden states of a packed batch of these examples, [R, N, D] on the batch's device."""
@@ -189,11 +198,11 @@ def single_tree(index: int, example: packing.Example) -> packing.Tree:
 
 def group_by_tokens(trees: Sequence[packing.Tree]) -> Iterator[range]:
     """Yield the numbers of trees, in order, in groups of at most evaluation's budget of tokens."""
-    first, tokens = 0, 0
+    begin, tokens = 0, 0
     for i, tree in enumerate(tqdm(trees, desc="caching", unit="row", leave=False)):
-        if i > first and tokens + len(tree.tokens) > packing.MAX_TOKENS:
-            yield range(first, i)
-            first, tokens = i, 0
+        if i > begin and tokens + len(tree.tokens) > packing.MAX_TOKENS:
+            yield range(begin, i)
+            begin, tokens = i, 0
         tokens += len(tree.tokens)
     if trees:
-        yield range(first, len(trees))
+        yield range(begin, len(trees))

@@ -96,7 +96,7 @@ class BoostingTrainer(ResumableTrainer):
         return self.end_round() if lora and lora.xgblora and lora.is_trained() else 1.0
 
     def load_if_finished(self, checkpoint: str) -> bool:
-        finished = super().load_if_finished(checkpoint)
-        if finished and self.args.xgblora:
+        is_finished = super().load_if_finished(checkpoint)
+        if is_finished and self.args.xgblora:
             self.rounds.load_state_dict(self.state.stateful_callbacks[ROUNDS])
-        return finished
+        return is_finished

@@ -90,8 +90,8 @@ def write_settings(checkpoint: Path, settings: dict) -> None:
     (checkpoint / SETTINGS).write_text(json.dumps({"format": FORMAT, **settings}, indent=1))
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Give a written checkpoint its manifest, flush it and rename it to `final`, which may exist."""
+def publish(partial: Path, checkpoint: Path) -> None:
+    """Give a written checkpoint its manifest, flush it and rename it to `checkpoint`, which may exist."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {}
     for file in files:
@@ -101,9 +101,9 @@ def publish(partial: Path, final: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    partial.rename(checkpoint)
 
 
 # ---- reading ----

@@ -9,7 +9,7 @@ from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 
 
-def replay(
+def replay_rounds(
     trajectory: Trajectory,
     optimizer: ZerothOrder,
     lora: LoRA | None,
@@ -34,8 +34,8 @@ def replay(
     last_step = about["steps"] if steps is None else steps
     step_lengths = dict(about["rounds"])
     stops = sorted({0, last_step} | {step for step in step_lengths if step <= last_step})
-    for first, stop in itertools.pairwise(stops):
-        optimizer.replay(trajectory, range(first, stop))
+    for start, stop in itertools.pairwise(stops):
+        optimizer.replay(trajectory, range(start, stop))
         if stop in step_lengths:
             merge_round(lora, optimizer, stop, step_lengths[stop])
     if lora and lora.xgblora and lora.is_trained():  # the round that had not ended

@@ -55,7 +55,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The loop comes here too where it leaves an epoch in its middle: nothing is due there."""
+        """Save at the end of an epoch; the loop also comes here in mid-epoch, where nothing is due."""
         if not self.signals.agreed_signal:
             return
         if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
@@ -138,7 +138,7 @@ class ResumableTrainer(Trainer):
         return metrics
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
-        """Where a signal cuts off an evaluation, save the step with the evaluation pending."""
+        """Log, save and evaluate; save the step with the evaluation pending where a signal cuts it off."""
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except Interrupted:
@@ -162,13 +162,12 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Write an adapter or a model directory, with the tokenizer; the library would add a pickle."""
-        state_dict = state_dict or self._full_state
         output_dir = Path(output_dir or self.args.output_dir)
         if self.adapter:
             self.adapter.save_pretrained(output_dir)
         else:
             peft_files.remove_adapter(output_dir)  # of an earlier run: it would be loaded on top
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
+            self.model.save_pretrained(output_dir, state_dict=state_dict or self._full_state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
 
@@ -176,13 +175,13 @@ class ResumableTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
-        """Rank 0 writes, where all ranks have the same weights; the others take over how it went."""
+        """Let rank 0 write a checkpoint, and tell the other ranks whether the disk took it."""
         step = self.state.global_step
         if collectives.world_size() > 1:
             tensors = collectives.all_tensors(self.model, self.optimizer)
             refuse_other_weights(tensors, f"weights at step {step}")
         steps = self.state.stateful_callbacks.pop(SIGNAL_CHECKPOINTS, [])
-        steps = [other for other in steps if other != step]
+        steps = [saved_step for saved_step in steps if saved_step != step]
         if self.stop_on_signal.saved_by_signal:
             steps.append(step)
         if steps:
@@ -211,26 +210,26 @@ class ResumableTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / checkpoints.PARTIAL
         shutil.rmtree(self._staging, ignore_errors=True)
-        best = self.state.best_model_checkpoint
+        best_checkpoint = self.state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)
             self._set_best_checkpoint(name)
-            written = self._staging / name
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            checkpoints.write_settings(written, self.settings)
-            checkpoints.publish(written, output_dir / name)
+            staged_checkpoint = self._staging / name
+            self.state.save_to_json(str(staged_checkpoint / TRAINER_STATE_NAME))
+            checkpoints.write_settings(staged_checkpoint, self.settings)
+            checkpoints.publish(staged_checkpoint, output_dir / name)
         except Exception as error:
             if not checkpoints.is_disk_full(error):
                 raise
-            self.state.best_model_checkpoint = best
+            self.state.best_model_checkpoint = best_checkpoint
             if not self.unsaved:
                 message = "%s could not be saved (%s); training goes on, and the next save tries again"
                 logger.warning(message, name, error)
             self.unsaved = error
         else:
             self.unsaved = None
-            best = self.state.best_model_checkpoint
-            checkpoints.remove_old_checkpoints(output_dir, self.checkpoint_limit, keep=best)
+            best_checkpoint = self.state.best_model_checkpoint
+            checkpoints.remove_old_checkpoints(output_dir, self.checkpoint_limit, keep=best_checkpoint)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -241,15 +240,15 @@ class ResumableTrainer(Trainer):
             reason = f"the last state of {self.args.output_dir} could not be saved: {self.unsaved}"
             raise checkpoints.StateNotSaved(reason)
 
-    def _set_best_checkpoint(self, written: str | None = None) -> None:
-        """Point to the checkpoint of the best step, if there is one; `written` is the one being written.
+    def _set_best_checkpoint(self, new_name: str | None = None) -> None:
+        """Point to the checkpoint of the best step, if there is one; `new_name` is the one being written.
 
         A checkpoint that a signal caused does not count, since an undisturbed run has none.
         """
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        best_path = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         counts = self.state.best_global_step not in self.state.stateful_callbacks.get(SIGNAL_CHECKPOINTS, ())
-        if counts and (best.name == written or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
+        if counts and (best_path.name == new_name or best_path.is_dir()):
+            self.state.best_model_checkpoint = str(best_path)
 
     @property
     def best_checkpoint(self) -> str | None:
@@ -263,12 +262,12 @@ class ResumableTrainer(Trainer):
         """
         folder = Path(checkpoint).parent
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        last = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        if state.global_step < last:
+        last_step = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < last_step:
             return False
-        if state.global_step > last:
+        if state.global_step > last_step:
             raise UsageError(
-                f"{folder} holds a run of {state.global_step} steps, longer than the {last} "
+                f"{folder} holds a run of {state.global_step} steps, longer than the {last_step} "
                 "asked for: --output_dir other, or --overwrite"
             )
         self.state = state

@@ -22,16 +22,15 @@ WORDS_PER_KEY = 1 << 30  # words under one key: the index above goes into the ke
 
 @functools.cache
 def normal_table() -> Tensor:
-    """Return [65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1, as multiples of
-    2^-19.
+    """Return [65536] fp32: the quantiles (i + 1/2) / 65536 of N(0, 1), scaled to variance 1.
 
-    A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so close to a rounding boundary that the
-    last bits of a machine's libm could move it (tests/test_counter_rng.py), so the table has the same bits
-    everywhere.
+    They are rounded to multiples of 2^-19. A multiple of 2^-19 below 8 is exact in fp32, and no entry lies so
+    close to a rounding boundary that the last bits of a machine's libm could move it
+    (tests/test_counter_rng.py), so the table has the same bits everywhere.
     """
-    upper = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
-    scale = math.sqrt(32768 / math.fsum(x * x for x in upper))
-    steps = torch.tensor([round(x * scale * 2**19) for x in upper])
+    upper_quantiles = [NormalDist().inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
+    scale = math.sqrt(32768 / math.fsum(x * x for x in upper_quantiles))
+    steps = torch.tensor([round(x * scale * 2**19) for x in upper_quantiles])
     return (torch.cat((-steps.flip(0), steps)) / 2**19).float()
 
 
@@ -70,9 +69,9 @@ def hash32(counter: Tensor, keys: tuple[int, int]) -> Tensor:
 def words_at(counter: tuple, index: Tensor) -> Tensor:
     """Return words of a stream, int32, at indices (int64, any shape); of a range `word_range` is faster."""
     words = torch.empty_like(index, dtype=torch.int32)
-    for high in (index // WORDS_PER_KEY).unique().tolist():
-        under_key = index // WORDS_PER_KEY == high
-        words[under_key] = hash32((index[under_key] % WORDS_PER_KEY).int(), direction_key(*counter, high))
+    for key_number in (index // WORDS_PER_KEY).unique().tolist():
+        has_key = index // WORDS_PER_KEY == key_number
+        words[has_key] = hash32((index[has_key] % WORDS_PER_KEY).int(), direction_key(*counter, key_number))
     return words
 
 
@@ -80,10 +79,10 @@ def word_range(counter: tuple, start: int, count: int, device) -> Tensor:
     """Return [count] int32: words start … start+count-1 of a stream."""
     ranges = []
     while count > 0:
-        high, low = divmod(start, WORDS_PER_KEY)
-        n = min(count, WORDS_PER_KEY - low)
-        index = torch.arange(low, low + n, dtype=torch.int32, device=device)
-        ranges.append(hash32(index, direction_key(*counter, high)))
+        key_number, first_index = divmod(start, WORDS_PER_KEY)
+        n = min(count, WORDS_PER_KEY - first_index)
+        index = torch.arange(first_index, first_index + n, dtype=torch.int32, device=device)
+        ranges.append(hash32(index, direction_key(*counter, key_number)))
         start += n
         count -= n
     return ranges[0] if len(ranges) == 1 else torch.cat(ranges)
@@ -118,12 +117,12 @@ def direction_range(name: str, counter: tuple, start: int, count: int, device="c
         counter: seed, step, and whatever else tells directions apart.
     """
     per_word, decode = DISTRIBUTIONS[name]
-    first, skip = divmod(start, per_word)
+    first_word, skip = divmod(start, per_word)
     n_words = -(-(skip + count) // per_word)
     step = CHUNK_SIZE // per_word
     chunks = []
-    for done in range(0, n_words, step):
-        chunks.append(decode(word_range(counter, first + done, min(step, n_words - done), device)))
+    for begin in range(0, n_words, step):
+        chunks.append(decode(word_range(counter, first_word + begin, min(step, n_words - begin), device)))
     return (chunks[0] if len(chunks) == 1 else torch.cat(chunks))[skip : skip + count]
 
 
@@ -135,23 +134,22 @@ def direction_rows(name: str, counter: tuple, offset: int, row_numel: int, index
     rows = torch.empty(len(index), row_numel, device=index.device)
     column = torch.arange(row_numel, device=index.device)
     step = max(1, CHUNK_SIZE // (len(span) * per_word))
-    for first in range(0, len(index), step):
-        starts = start[first : first + step]
+    for begin in range(0, len(index), step):
+        starts = start[begin : begin + step]
         words = words_at(counter, (starts // per_word)[:, None] + span)
         elements = decode(words.flatten()).view(len(starts), -1)
-        torch.gather(elements, 1, (starts % per_word)[:, None] + column, out=rows[first : first + step])
+        torch.gather(elements, 1, (starts % per_word)[:, None] + column, out=rows[begin : begin + step])
     return rows
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, counter: tuple, start: int) -> Tensor:
-    """Return [n] fp32 as float16 or bfloat16, up or down by chance, so that the mean over seeds is the value
-    itself.
+    """Round [n] fp32 to float16 or bfloat16, up or down by chance: the mean over seeds is the value itself.
 
     The chance is 16 bits of element start + i of the stream of `counter`. Overflow becomes infinity, as
     rounding to nearest has it.
     """
-    first, skip = divmod(start, 2)
-    chance = word_range(counter, first, -(-(skip + len(values)) // 2), values.device).view(torch.int16)
+    first_word, skip = divmod(start, 2)
+    chance = word_range(counter, first_word, -(-(skip + len(values)) // 2), values.device).view(torch.int16)
     chance = chance[skip : skip + len(values)].int().bitwise_and_(0xFFFF)
     if dtype == torch.bfloat16:  # the upper half of the bits, with a carry from the lower half by chance
         return chance.add_(values.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(dtype)

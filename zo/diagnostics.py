@@ -1,9 +1,10 @@
-"""Diagnose a setting before training: does ε drown in rounding or leave the linear range, is the rate too
-large, does the precision hold?
+"""Diagnose the settings of a run before training.
 
-Asks for the loss at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. With D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀,
-which is ε² zᵀHz + …: what D does not lose when ε shrinks is the rounding noise of the loss; D(ε)/ε² is a
-sample of zᵀHz, whose mean is the trace of the Hessian; and the projected gradient g shall not depend on ε.
+Three questions: does ε drown in rounding or leave the linear range, is the rate too large, does the precision
+suffice? The loss is measured at θ and at θ ± fε z for a few directions and f = 1, 1/4, 1/16. The second
+difference is D(ε) = ℓ₊ + ℓ₋ − 2ℓ₀ = ε² zᵀHz + …. The part of D that stays when ε shrinks is the rounding
+noise of the loss. D(ε)/ε² is a sample of zᵀHz, whose mean is the trace of the Hessian. The projected gradient
+g shall not depend on ε.
 """
 
 import math
@@ -24,7 +25,7 @@ SAMPLE_SIZE = 10000  # elements of a tensor whose spacing is looked at
 
 @dataclass
 class Diagnosis:
-    """What was measured.
+    """The measurements of `diagnose`.
 
     Args:
         noise: standard deviation of the loss by rounding.
@@ -67,37 +68,43 @@ def diagnose(engine: ZerothOrder, closure: Callable, directions: int = 8) -> Dia
     eps = engine.eps
     points = [(0, 0.0)]
     points += [(query, sign * f) for query in range(directions) for f in FACTORS for sign in (1.0, -1.0)]
-    at_zero, *losses = engine.losses_at(points, closure, step=PROBE_STEP)
+    loss_at_zero, *losses = engine.losses_at(points, closure, step=PROBE_STEP)
     pairs = list(zip(losses[::2], losses[1::2], strict=True))
     g = {}
     second_difference = {}
     for i, f in enumerate(FACTORS):
         of_factor = pairs[i :: len(FACTORS)]
         g[f] = [(plus - minus) / (2 * f * eps) for plus, minus in of_factor]
-        second_difference[f] = [plus + minus - 2 * at_zero for plus, minus in of_factor]
+        second_difference[f] = [plus + minus - 2 * loss_at_zero for plus, minus in of_factor]
 
-    _, middle, smallest = FACTORS
-    ratio = smallest / middle
-    smallest_pairs = zip(second_difference[smallest], second_difference[middle], strict=True)
+    _, quarter, sixteenth = FACTORS
+    ratio = sixteenth / quarter
+    smallest_pairs = zip(second_difference[sixteenth], second_difference[quarter], strict=True)
     noise = root_mean_square(a - b * ratio**2 for a, b in smallest_pairs) / math.sqrt(6 * (1 + ratio**4))
     noise_of_g = noise / (math.sqrt(2) * eps)
-    measured = root_mean_square(g[1.0])
-    if not measured:
+    sample_g = root_mean_square(g[1.0])
+    if not sample_g:
         raise ValueError(f"the loss does not move at all with eps {eps:g}: give a larger eps")
-    noiseless = math.sqrt(max(measured**2 - noise_of_g**2, (0.01 * measured) ** 2))
-    change = fmean((a - b) ** 2 for a, b in zip(g[1.0], g[middle], strict=True))
-    bend = math.sqrt(max(change - noise_of_g**2 * (1 + 1 / middle**2), 0.0)) / (1 - middle**2)
+    true_g = math.sqrt(max(sample_g**2 - noise_of_g**2, (0.01 * sample_g) ** 2))
+    change = fmean((a - b) ** 2 for a, b in zip(g[1.0], g[quarter], strict=True))
+    g_change = math.sqrt(max(change - noise_of_g**2 * (1 + 1 / quarter**2), 0.0)) / (1 - quarter**2)
 
     curvature = [difference / eps**2 for difference in second_difference[1.0]]
-    weighted = fmean(c * x * x for c, x in zip(curvature, g[1.0], strict=True))
-    lowest = noise_of_g * eps / (MAX_ERROR * noiseless) if noise else None
-    highest = eps * math.sqrt(MAX_ERROR * noiseless / bend) if bend > 0.01 * noiseless else None
-    length = engine.param_groups[0]["lr"] * (1.0 if engine.gradient_scale.normalize else measured)
+    weighted_curvature = fmean(c * x * x for c, x in zip(curvature, g[1.0], strict=True))
+    min_eps = noise_of_g * eps / (MAX_ERROR * true_g) if noise else None
+    max_eps = eps * math.sqrt(MAX_ERROR * true_g / g_change) if g_change > 0.01 * true_g else None
+    length = engine.param_groups[0]["lr"] * (1.0 if engine.gradient_scale.normalize else sample_g)
     return Diagnosis(
-        noise=noise, g=noiseless, noise_share=noise_of_g / noiseless, nonlinearity=bend / noiseless,
-        trace=fmean(curvature), largest_lr=largest_rate(engine, measured, weighted), eps=(lowest, highest),
-        rounding_drift=rounding_drift(engine, length), forwards=len(points),
-    )  # fmt: skip
+        noise=noise,
+        g=true_g,
+        noise_share=noise_of_g / true_g,
+        nonlinearity=g_change / true_g,
+        trace=fmean(curvature),
+        largest_lr=largest_rate(engine, sample_g, weighted_curvature),
+        eps=(min_eps, max_eps),
+        rounding_drift=rounding_drift(engine, length),
+        forwards=len(points),
+    )
 
 
 def largest_rate(engine: ZerothOrder, g: float, weighted_curvature: float) -> float:
@@ -109,16 +116,17 @@ def largest_rate(engine: ZerothOrder, g: float, weighted_curvature: float) -> fl
     """
     if type(engine.method).projected is not Method.projected:  # in units of its own
         return math.nan
-    largest = 2 * g**2 / weighted_curvature if weighted_curvature > 0 else math.inf
-    largest *= engine.method.queries * (g if engine.gradient_scale.normalize else 1.0)
+    rate = 2 * g**2 / weighted_curvature if weighted_curvature > 0 else math.inf
+    rate *= engine.method.queries * (g if engine.gradient_scale.normalize else 1.0)
     if engine.optim == "momentum":  # steps of 1 / (1 - 0.9)
-        return 0.1 * largest
-    return largest if engine.optim == "sgd" else math.nan
+        return 0.1 * rate
+    return rate if engine.optim == "sgd" else math.nan
 
 
 def rounding_drift(engine: ZerothOrder, length: float) -> float:
-    """Return √(spacing / update): rounding by chance adds a variance of |u| · spacing to an update u shorter
-    than that.
+    """Return √(spacing / update), by which stochastic rounding moves the weights farther than the updates do.
+
+    Rounding by chance adds a variance of |u| · spacing to an update u that is shorter than the spacing.
 
     Args:
         length: of an update along one coordinate.
@@ -136,7 +144,7 @@ def rounding_drift(engine: ZerothOrder, length: float) -> float:
 
 def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
     """Return what to print: the measurements, and what would be better, a line each."""
-    lowest, highest = diagnosis.eps
+    min_eps, max_eps = diagnosis.eps
     eps = engine.eps
     lr = engine.param_groups[0]["lr"]
     lines = [
@@ -146,16 +154,18 @@ def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
     ]
     if not math.isfinite(diagnosis.g):
         return [*lines, f"diagnosis: the loss is no number at eps {eps:g}"]
-    better = "smaller"
-    if lowest:
-        better = f"between {lowest:.1e} and {highest:.1e}" if highest else f"above {lowest:.1e}"
+    eps_range = "smaller"
+    if min_eps:
+        eps_range = f"between {min_eps:.1e} and {max_eps:.1e}" if max_eps else f"above {min_eps:.1e}"
     if diagnosis.noise_share > 0.5:
-        lines.append(f"diagnosis: eps {eps:g} drowns in rounding; better is one {better}, or float32 weights")
+        lines.append(
+            f"diagnosis: eps {eps:g} drowns in rounding; better is one {eps_range}, or float32 weights"
+        )
     if diagnosis.nonlinearity > 0.5:
-        lines.append(f"diagnosis: eps {eps:g} leaves the linear range; better is one {better}")
+        lines.append(f"diagnosis: eps {eps:g} leaves the linear range; better is one {eps_range}")
     if lr > diagnosis.largest_lr and diagnosis.noise_share <= 0.5:  # else the curvature is rounding too
-        largest = f"{diagnosis.largest_lr:.1e}"
-        lines.append(f"diagnosis: learning rate {lr:g} is above {largest}, from where the loss is to rise")
+        rate_limit = f"{diagnosis.largest_lr:.1e}"
+        lines.append(f"diagnosis: learning rate {lr:g} is above {rate_limit}, from where the loss is to rise")
     if diagnosis.rounding_drift > 1:
         lines.append(
             f"diagnosis: rounding moves these weights {diagnosis.rounding_drift:.0f} x as far as the updates "
@@ -164,7 +174,7 @@ def recommendations(diagnosis: Diagnosis, engine: ZerothOrder) -> list[str]:
     if len(lines) > 1:
         return lines
     if math.isnan(diagnosis.largest_lr):
-        unknown = f"how large a rate optim {engine.optim!r} and this method take cannot be told"
-        return [*lines, f"diagnosis: eps {eps:g} fits; {unknown}"]
+        remark = f"how large a rate optim {engine.optim!r} and this method take cannot be told"
+        return [*lines, f"diagnosis: eps {eps:g} fits; {remark}"]
     rate = f"learning rate {lr:g} fit (largest: {diagnosis.largest_lr:.1e})"
     return [*lines, f"diagnosis: eps {eps:g} and {rate}"]

@@ -1,8 +1,8 @@
 """The seam of zeroth-order methods, `Method` (plain MeZO), and methods of other papers on it.
 
-A method is where directions come from, at which points the loss is asked for, and how losses become an update. That
-is a subclass of `Method`; the engine does everything else. One-sided differences, each query against the same point,
-are
+A method is where directions come from, at which points the loss is asked for, and how losses become an
+update. That is a subclass of `Method`; the engine does everything else. One-sided differences, each query
+against the same point, are
 
     class OneSided(Method):
         def points(self):
@@ -76,7 +76,7 @@ class ParamBlock:
         """Return the rows of the tensor in ranges of about `chunk_size` elements."""
         step = max(1, (self.chunk_size or counter_rng.CHUNK_SIZE) // self.row_numel)
         n = len(self.as_rows)
-        return [range(first, min(first + step, n)) for first in range(0, n, step)]
+        return [range(begin, min(begin + step, n)) for begin in range(0, n, step)]
 
 
 def to_single_precision(values: Tensor) -> Tensor:
@@ -167,10 +167,10 @@ class LOZO(Method):
 
 
 class FZOO(Method):
-    """One-sided differences in steps as long as the losses are alike (arXiv 2506.09034): θ ← θ − η g / σ with
-    g = Σ (ℓ(θ + ε uᵢ) − ℓ(θ)) uᵢ / (ε N), uᵢ of ±1, and σ the standard deviation of the N perturbed losses.
+    """One-sided differences, in longer steps where the perturbed losses differ less (arXiv 2506.09034).
 
-    N is the number of queries, 8 in the paper: N + 1 forwards a step.
+    θ ← θ − η g / σ with g = Σ (ℓ(θ + ε uᵢ) − ℓ(θ)) uᵢ / (ε N), uᵢ of ±1, and σ the standard deviation of the
+    N perturbed losses. N is the number of queries, 8 in the paper: N + 1 forwards a step.
     """
 
     least_queries = 2
@@ -179,8 +179,8 @@ class FZOO(Method):
         return [(0, 0.0), *((query, 1.0) for query in range(self.queries))]
 
     def projected(self, losses: list[float], eps: float) -> list[float]:
-        finite = all(map(math.isfinite, losses))
-        sigma = stdev(losses[1:]) if finite else math.nan  # NaN: the step is skipped
+        all_finite = all(map(math.isfinite, losses))
+        sigma = stdev(losses[1:]) if all_finite else math.nan  # NaN: the step is skipped
         return [(loss - losses[0]) / (eps * sigma) if sigma else 0.0 for loss in losses[1:]]
 
     def direction(self, source: DirectionSource, block: ParamBlock, step, query, rows, device) -> Tensor:
@@ -200,8 +200,8 @@ class AR1ZO(Method):
     def direction(self, source: DirectionSource, block: ParamBlock, step, query, rows, device) -> Tensor:
         z = super().direction(source, block, step, query, rows, device)
         factors = block.split(z.view(-1))  # A [r, in] and B [out, r] in turn
-        for of_a, of_b in zip(factors[::2], factors[1::2], strict=True):
-            for atoms in (of_a, of_b.T):
+        for z_a, z_b in zip(factors[::2], factors[1::2], strict=True):
+            for atoms in (z_a, z_b.T):
                 atom = step % len(atoms)
                 atoms[:atom] = 0
                 atoms[atom + 1 :] = 0

@@ -113,8 +113,7 @@ class StepCounts:
 
 
 class ZerothOrder(torch.optim.Optimizer):
-    """MeZO as an optimizer: θ ← θ − η (g z + λθ), g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, z ~ N(0, I) (arXiv
-    2305.17333, eq. 2).
+    """MeZO: θ ← θ − η (g z + λθ), g = (ℓ(θ+εz) − ℓ(θ−εz)) / 2ε, z ~ N(0, I) (arXiv 2305.17333, eq. 2).
 
     Args:
         params: a module (its parameters that require a gradient), or what any torch optimizer takes, with
@@ -179,7 +178,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self._directions = None
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's: z runs through the new parameters behind the others'. Momentum begins anew."""
+        """Add a group, as torch does; z runs through its parameters last, and momentum begins anew."""
         super().add_param_group(param_group)
         if hasattr(self, "weights"):
             self.restart()
@@ -187,8 +186,10 @@ class ZerothOrder(torch.optim.Optimizer):
     # ---- weights ----
 
     def restart(self, forget: bool = False) -> None:
-        """Begin anew after a merge: the parameters may have other values and shapes, and others of them may
-        require a gradient. Momentum starts at 0; with `forget` the running mean square of g does too."""
+        """Begin anew after a merge: values, shapes and the choice of parameters may be others.
+
+        Momentum starts at 0; with `forget` the running mean square of g does too.
+        """
         self.weights = self._new_weights(self.param_groups)
         self._directions = None
         if forget:
@@ -196,7 +197,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     @property
     def blocks(self) -> list[ParamBlock]:
-        """What a direction runs through, in its order."""
+        """The blocks that a direction runs through, in the direction's order."""
         return self.weights.blocks
 
     @property
@@ -207,8 +208,8 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._directions
 
     def load_master(self) -> None:
-        """Read the parameters as they stand into the fp32 master: to be called after others wrote to them."""
-        self.weights.load()
+        """Read the parameters into the fp32 master: to be called after other code wrote to them."""
+        self.weights.read_params()
 
     def restore(self) -> None:
         """Write the master's bits into the parameters."""
@@ -237,13 +238,13 @@ class ZerothOrder(torch.optim.Optimizer):
             step: whose directions; by default those of the step at hand.
         """
         directions = self.directions if step is None else StepDirections(self.method, self.source, step)
-        scaled = [(query, factor * self.eps) for query, factor in points]
+        scaled_points = [(query, factor * self.eps) for query, factor in points]
         copies = 1 if self.forward_per_point else copies
         losses: list[float] = []
         try:
             with torch.inference_mode():
-                for first in range(0, len(scaled), copies):
-                    group = scaled[first : first + copies]
+                for begin in range(0, len(scaled_points), copies):
+                    group = scaled_points[begin : begin + copies]
                     losses += self.weights.losses(closure, group, directions, batched=copies > 1)
         except CopiesUnsupported as error:
             logger.warning("%s: a forward for each point from here on", error)
@@ -260,11 +261,11 @@ class ZerothOrder(torch.optim.Optimizer):
         loss = self.estimate(closure) if closure is not None else None
         self.projected_grads = self.method.projected(self.losses, self.eps)
         self.losses = [0.0] * len(self.losses)
-        scaled = [self.gradient_scale.scale(g) / len(self.projected_grads) for g in self.projected_grads]
+        grads = [self.gradient_scale.scale(g) / len(self.projected_grads) for g in self.projected_grads]
         rates = [group["lr"] for group in self.param_groups]
         as_gradient = self.optim != "sgd"  # the torch optimizer multiplies by the rate
-        coefficients = [[round_to_fp32(g if as_gradient else rate * g) for g in scaled] for rate in rates]
-        self.weights.update(coefficients, rates, self.directions)
+        coefficients = [[round_to_fp32(g if as_gradient else rate * g) for g in grads] for rate in rates]
+        self.weights.apply_update(coefficients, rates, self.directions)
         decays = any(block.weight_decay for block in self.blocks)
         self.trajectory.append(coefficients, rates, keep_rate=decays or as_gradient)
         self.counts.add_step(self.projected_grads)
@@ -282,7 +283,7 @@ class ZerothOrder(torch.optim.Optimizer):
             self.counts.step = step
             coefficients = [trajectory.coefficients[step]] * len(self.param_groups)
             rates = [trajectory.rates[step] if trajectory.rates else 0.0] * len(self.param_groups)
-            self.weights.update(coefficients, rates, self.directions)
+            self.weights.apply_update(coefficients, rates, self.directions)
             self.trajectory.append(coefficients, rates, keep_rate=bool(trajectory.rates))
         self.counts.step = steps.stop
 

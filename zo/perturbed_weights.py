@@ -1,5 +1,7 @@
-"""Perturbed weights without a perturbed copy: inside a `PerturbedWeights` context a torch function that is
-given a trained parameter works with θ + scale · z, of which only some rows exist at a time.
+"""Perturbed weights without a perturbed copy of them.
+
+Inside a `PerturbedWeights` context a torch function that is given a trained parameter works with
+θ + scale · z, of which only some rows exist at a time.
 
 Linear layers and GPT-2's Conv1D go through chunks of rows, an embedding touches the rows that are looked up,
 and what is small (norms, biases) is perturbed in one piece for the one call. The parameter itself is never
@@ -17,7 +19,7 @@ from zo import counter_rng
 from zo.methods import Method, ParamBlock, to_single_precision
 from zo.rng_kernels import DirectionSource, kernels_available
 
-# What is asked of a parameter without reading its values.
+# Attributes and functions of a parameter that do not read its values.
 METADATA_OPS = {
     "size",
     "dim",
@@ -44,9 +46,9 @@ Point = tuple[int, float]  # (query, scale): the loss is asked for at θ + scale
 def kernel_serves(method: Method, block: ParamBlock) -> bool:
     """Return whether a kernel draws z of a block and adds it: on a GPU, for plain directions and updates."""
     kind = type(method)
-    plain = (kind.direction, kind.update) == (Method.direction, Method.update)
+    is_plain = (kind.direction, kind.update) == (Method.direction, Method.update)
     p = block.param
-    return plain and kernels_available(p.device) and p.is_contiguous() and p.dtype != torch.float64
+    return is_plain and kernels_available(p.device) and p.is_contiguous() and p.dtype != torch.float64
 
 
 class StepDirections:
@@ -92,13 +94,13 @@ class StepDirections:
     def _perturbed_by_kernel(
         self, block: ParamBlock, first_row: int, values: Tensor, points: list[Point], queries: list[int]
     ) -> list[Tensor]:
-        """`perturbed_rows` by a kernel, which serves two points of a query at once."""
+        """Return `perturbed_rows` by a kernel, which serves two points of a query at once."""
         start = block.offset + first_row * block.row_numel
-        perturbed = {}
+        rows_of_query = {}
         for query in queries:
-            scales = [scale for other, scale in points if other == query]
-            perturbed[query] = iter(self.source.perturbed((self.step, query), start, values, scales))
-        return [next(perturbed[query]) for query, _ in points]
+            scales = [scale for point_query, scale in points if point_query == query]
+            rows_of_query[query] = iter(self.source.perturb_values((self.step, query), start, values, scales))
+        return [next(rows_of_query[query]) for query, _ in points]
 
 
 class CopiesUnsupported(RuntimeError):
@@ -131,10 +133,9 @@ class PerturbedWeights(TorchFunctionMode):
         self.points = points
         self.directions = directions
         self.transposed: dict[int, tuple[Tensor, Tensor]] = {}  # id of W.T -> (W.T, W)
-        self.derived: dict[
-            int, list[Tensor]
-        ] = {}  # id of what was computed of parameters alone -> its value at each point
-        self.batch_tokens: set[int] = set()  # tokens of batches seen, all copies
+        # id of a tensor that was computed of parameters alone -> its value at each point
+        self.derived: dict[int, list[Tensor]] = {}
+        self.batch_tokens: set[int] = set()  # tokens of the batches so far, all copies
         self.unchunked_bytes = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -142,29 +143,29 @@ class PerturbedWeights(TorchFunctionMode):
         tracked = [i for i, a in enumerate((*args, *kwargs.values())) if self.holds_tracked(a)]
         if not tracked or reads_metadata(func):
             return func(*args, **kwargs)
-        second, third = (id(a) for a in (*args, None, None, None)[1:3])
-        if func is F.linear and second in self.blocks:
+        second_id, third_id = (id(a) for a in (*args, None, None, None)[1:3])
+        if func is F.linear and second_id in self.blocks:
             return self.linear(*args, **kwargs)
-        if func is torch.addmm and third in self.blocks and len(args) == 3 and not kwargs:
+        if func is torch.addmm and third_id in self.blocks and len(args) == 3 and not kwargs:
             return self.addmm(*args)
-        if func is F.embedding and tracked == [1] and second in self.blocks:
+        if func is F.embedding and tracked == [1] and second_id in self.blocks:
             return self.embedding(*args, **kwargs)
         if func == torch.Tensor.T.__get__ and id(args[0]) in self.blocks and args[0].dim() == 2:
             view = func(*args, **kwargs)
             self.transposed[id(view)] = view, args[0]
             return view
-        if func in MATMUL and tracked == [1] and second in self.transposed:  # Falcon's x @ W.T
-            return self.linear(args[0], self.transposed[second][1])
+        if func in MATMUL and tracked == [1] and second_id in self.transposed:  # Falcon's x @ W.T
+            return self.linear(args[0], self.transposed[second_id][1])
         return self.apply_at_points(func, args, kwargs)
 
-    # ---- what is known of a tensor ----
+    # ---- tracked tensors ----
 
     def is_tracked(self, a) -> bool:
-        """Return whether this is a parameter, its transpose, or what was computed of parameters alone."""
-        return any(id(a) in known for known in (self.blocks, self.transposed, self.derived))
+        """Return whether `a` is a parameter, its transpose, or computed of parameters alone."""
+        return any(id(a) in registry for registry in (self.blocks, self.transposed, self.derived))
 
     def holds_tracked(self, a) -> bool:
-        """Return whether this is tracked, or a list or tuple with something tracked in it."""
+        """Return whether `a` is tracked, or a list or tuple that holds a tracked tensor."""
         return any(map(self.holds_tracked, a)) if isinstance(a, list | tuple) else self.is_tracked(a)
 
     def perturbed_rows(self, block: ParamBlock, rows: range | Tensor) -> list[Tensor]:
@@ -187,12 +188,12 @@ class PerturbedWeights(TorchFunctionMode):
         return self.values_at_points(bias) if self.is_tracked(bias) else [bias] * len(self.points)
 
     def register_derived(self, values: list[Tensor]) -> Tensor:
-        """Remember what is no batch, at each point; the value at the first point stands for all."""
+        """Remember the values of a tensor that is no batch; the value at the first point stands for all."""
         if len(values) > 1:
             self.derived[id(values[0])] = values
         return values[0]
 
-    def split(self, x: Tensor) -> list[Tensor]:
+    def split_copies(self, x: Tensor) -> list[Tensor]:
         """Return the copies of a batch, which lie one behind the other along the first axis.
 
         A matrix must have a row for every token of the batch: tokens that were routed to an expert mix the
@@ -211,11 +212,11 @@ class PerturbedWeights(TorchFunctionMode):
     # ---- torch functions ----
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear`, a chunk of the weight's rows at a time."""
+        """Compute `F.linear`, a chunk of the weight's rows at a time."""
         block = self.blocks[id(weight)]
         y = x.new_empty(*x.shape[:-1], len(weight))
-        inputs = [copy.reshape(-1, copy.shape[-1]) for copy in self.split(x)]
-        outputs = [copy.reshape(-1, copy.shape[-1]) for copy in self.split(y)]
+        inputs = [copy.reshape(-1, copy.shape[-1]) for copy in self.split_copies(x)]
+        outputs = [copy.reshape(-1, copy.shape[-1]) for copy in self.split_copies(y)]
         biases = self.biases(bias)
         for rows in block.row_chunks():
             columns = slice(rows.start, rows.stop)
@@ -225,27 +226,27 @@ class PerturbedWeights(TorchFunctionMode):
         return y
 
     def addmm(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """`torch.addmm` of GPT-2's Conv1D, whose weight is [in, out], a chunk of rows at a time."""
+        """Compute `torch.addmm` of GPT-2's Conv1D, whose weight is [in, out], a chunk of rows at a time."""
         block = self.blocks[id(weight)]
         y = x.new_empty(len(x), weight.shape[1])
-        for y_i, bias_i in zip(self.split(y), self.biases(bias), strict=True):
+        for y_i, bias_i in zip(self.split_copies(y), self.biases(bias), strict=True):
             y_i.copy_(bias_i.expand_as(y_i))
         for rows in block.row_chunks():
             weights = self.perturbed_rows(block, rows)
-            for x_i, y_i, w_i in zip(self.split(x), self.split(y), weights, strict=True):
+            for x_i, y_i, w_i in zip(self.split_copies(x), self.split_copies(y), weights, strict=True):
                 y_i.addmm_(x_i[:, rows.start : rows.stop], w_i)
         return y
 
     def embedding(self, ids: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
-        """`F.embedding`, of the rows that are looked up."""
+        """Compute `F.embedding` with the rows that are looked up."""
         rows, inverse = ids.unique(return_inverse=True)
         weights = self.perturbed_rows(self.blocks[id(weight)], rows)
         if len(ids) == 1:  # positions that serve all rows
             return self.register_derived([w[inverse] for w in weights])
-        return torch.cat([w[i] for w, i in zip(weights, self.split(inverse), strict=True)])
+        return torch.cat([w[i] for w, i in zip(weights, self.split_copies(inverse), strict=True)])
 
     def apply_at_points(self, func, args, kwargs):
-        """Any other function, once a point, with tracked tensors in one piece and its other tensors split."""
+        """Call any other function once a point: tracked tensors in one piece, the other tensors split."""
         n = len(self.points)
         tracked: dict[int, list[Tensor]] = {}
         num_untracked = 0
@@ -265,7 +266,7 @@ class PerturbedWeights(TorchFunctionMode):
             if a.dim() < 2:
                 return a
             num_split += 1
-            return self.split(a)[point]
+            return self.split_copies(a)[point]
 
         outputs = []
         for point in range(n):
@@ -277,7 +278,7 @@ class PerturbedWeights(TorchFunctionMode):
         are_tensors = all(isinstance(output, Tensor) for output in outputs)
         if are_tensors and num_split:
             return torch.cat(outputs)
-        stacked = any(values[0].dim() > 2 for values in tracked.values())  # experts: see `split`
+        stacked = any(values[0].dim() > 2 for values in tracked.values())  # experts: see `split_copies`
         if not are_tensors or num_untracked or stacked or outputs[0].numel() > counter_rng.CHUNK_SIZE:
             name = getattr(func, "__name__", func)
             raise CopiesUnsupported(f"{name} is given a parameter and nothing that holds the copies")

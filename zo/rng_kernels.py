@@ -1,5 +1,4 @@
-"""Where the engine draws directions: `DirectionSource`, by the torch operations of counter_rng.py or by a GPU
-kernel.
+"""Draw directions (`DirectionSource`) by the torch operations of counter_rng.py or by a GPU kernel.
 
 On a GPU each of those dozen operations would read and write memory and wait for its launch: a hundred times
 the cost of a plain `normal_`. A Triton kernel makes z in registers instead, with the same bits, and does in
@@ -39,7 +38,7 @@ def kernels_available(device: torch.device) -> bool:
         if triton is None:
             raise RuntimeError("Triton is not installed")
         # A kernel may fail to build: there may be no C compiler.
-        DirectionSource(0).perturbed((), 0, torch.zeros(1, device=device), [1.0])
+        DirectionSource(0).perturb_values((), 0, torch.zeros(1, device=device), [1.0])
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         message = "no kernels on %s (%s): full-parameter steps there take many times as long"
@@ -74,7 +73,7 @@ class DirectionSource:
             z = counter_rng.direction_range(name, (self.seed, *counter), start, count, device)
         return z.view(len(rows), row_numel)
 
-    def perturbed(self, counter: tuple, start: int, values: Tensor, scales: list[float]) -> list[Tensor]:
+    def perturb_values(self, counter: tuple, start: int, values: Tensor, scales: list[float]) -> list[Tensor]:
         """Return values + scale·z for each scale, in the dtype of `values`, by a kernel; GPU only.
 
         Args:
@@ -89,13 +88,13 @@ class DirectionSource:
         """Write z (no scales), or values + scale·z at one or two scales, into the rows of `out`."""
         scale, scale2 = (*scales, 0.0, 0.0)[:2]
         table = counter_rng.signed_normal_table(values.device)
-        for first, n in split_by_key(start, len(values)):
+        for begin, n in split_by_key(start, len(values)):
             _launch(
-                _perturb_kernel, n, values[first:], out[:, first:], out.stride(0), table, n,
-                *self._stream(counter, start + first), scale, scale2, SIGNS=self._signs, POINTS=len(scales),
+                _perturb_kernel, n, values[begin:], out[:, begin:], out.stride(0), table, n,
+                *self._stream(counter, start + begin), scale, scale2, SIGNS=self._signs, POINTS=len(scales),
             )  # fmt: skip
 
-    def update(
+    def update_values(
         self, counter: tuple, start: int, values: Tensor, coefficient: float, factor: float, rounding: tuple
     ) -> None:
         """Set values ← factor · values − coefficient · z in place by a kernel; fp32 or bfloat16, GPU only.
@@ -108,10 +107,10 @@ class DirectionSource:
         values = values.view(-1)
         chance = DirectionSource(self.seed)
         table = counter_rng.signed_normal_table(values.device)
-        for first, n in split_by_key(start, len(values)):
+        for begin, n in split_by_key(start, len(values)):
             _launch(
-                _update_kernel, n, values[first:], table, n, *self._stream(counter, start + first),
-                coefficient, factor, *chance._stream(rounding, start + first), SIGNS=self._signs,
+                _update_kernel, n, values[begin:], table, n, *self._stream(counter, start + begin),
+                coefficient, factor, *chance._stream(rounding, start + begin), SIGNS=self._signs,
                 ROUND=values.dtype == torch.bfloat16,
             )  # fmt: skip
 
@@ -122,17 +121,17 @@ class DirectionSource:
     def _stream(self, counter: tuple, start: int) -> tuple[int, int, int, int]:
         """Return (first word, elements of it to skip, two keys) of the elements from `start` on."""
         word, skip = divmod(start, counter_rng.DISTRIBUTIONS[self.distribution].per_word)
-        high, low = divmod(word, counter_rng.WORDS_PER_KEY)
-        return low, skip, *counter_rng.direction_key(self.seed, *counter, high)
+        key_number, index = divmod(word, counter_rng.WORDS_PER_KEY)
+        return index, skip, *counter_rng.direction_key(self.seed, *counter, key_number)
 
 
 def split_by_key(start: int, count: int) -> Iterator[tuple[int, int]]:
     """Yield (first, number) of elements that lie under one key, from element `start` on."""
-    first = 0
-    while first < count:
-        n = min(count - first, ELEMENTS_PER_KEY - (start + first) % ELEMENTS_PER_KEY)
-        yield first, n
-        first += n
+    begin = 0
+    while begin < count:
+        n = min(count - begin, ELEMENTS_PER_KEY - (start + begin) % ELEMENTS_PER_KEY)
+        yield begin, n
+        begin += n
 
 
 if triton is not None:
@@ -147,7 +146,7 @@ if triton is not None:
 
     @triton.jit
     def _hash32(word, k0, k1):
-        """`counter_rng.hash32`."""
+        """Return what `counter_rng.hash32` returns."""
         x = word * -1640531527 + k0
         x = (x ^ ((x >> 17) & 0x7FFF)) * -312814405 + k1
         x = (x ^ ((x >> 11) & 0x1FFFFF)) * -1404298415 + k0
@@ -156,7 +155,7 @@ if triton is not None:
 
     @triton.jit
     def _half_word(at, first, k0, k1):
-        """The signed 16 bits number `at`: the lower half of a word first."""
+        """Return the signed 16 bits number `at` of a stream: the lower half of a word comes first."""
         word = _hash32(first + (at >> 1), k0, k1)
         return ((word >> ((at & 1) * 16)) << 16) >> 16
 

@@ -35,8 +35,8 @@ class TrainedWeights:
 
     blocks: list[ParamBlock]
 
-    def load(self) -> None:
-        """Read the parameters as they stand."""
+    def read_params(self) -> None:
+        """Read the values of the parameters, where this object keeps a copy of them."""
 
     def restore(self) -> None:
         """Write the unperturbed weights into the parameters."""
@@ -54,7 +54,9 @@ class TrainedWeights:
         raise NotImplementedError
 
     @torch.no_grad()
-    def update(self, coefficients: list[list[float]], rates: list[float], directions: StepDirections) -> None:
+    def apply_update(
+        self, coefficients: list[list[float]], rates: list[float], directions: StepDirections
+    ) -> None:
         """Update each block from its group's coefficients, one a query (NaN: left out), and learning rate."""
         for block in self.blocks:
             terms = [(c, query) for query, c in enumerate(coefficients[block.group]) if not math.isnan(c)]
@@ -66,7 +68,7 @@ class TrainedWeights:
         raise NotImplementedError
 
     def state(self) -> dict:
-        """Return what the parameters cannot hold."""
+        """Return the part of the state that the parameters cannot hold."""
         return {"master": {}, "inner": None}
 
     def load_state(self, state: dict) -> None:
@@ -118,17 +120,19 @@ class InPlaceWeights(TrainedWeights):
             start = block.offset + rows.start * block.row_numel
             if by_kernel:
                 ((coefficient, query),) = terms
-                directions.source.update((step, query), start, theta, coefficient, factor, (step, "rounding"))
+                directions.source.update_values(
+                    (step, query), start, theta, coefficient, factor, (step, "rounding")
+                )
                 continue
             values = to_single_precision(theta)
             if block.weight_decay:
                 values.mul_(factor)
-            drawn = [(c, directions.z_rows(block, query, rows)) for c, query in terms]
-            directions.method.update(values, drawn)
+            weighted_directions = [(c, directions.z_rows(block, query, rows)) for c, query in terms]
+            directions.method.update(values, weighted_directions)
             if values is not theta:
                 counter = (directions.source.seed, step, "rounding")
-                rounded = counter_rng.stochastic_round(values.flatten(), theta.dtype, counter, start)
-                theta.copy_(rounded.view(theta.shape))
+                new_values = counter_rng.stochastic_round(values.flatten(), theta.dtype, counter, start)
+                theta.copy_(new_values.view(theta.shape))
 
 
 TORCH_OPTIMIZERS = {"momentum": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
@@ -153,7 +157,7 @@ class MasterWeights(TrainedWeights):
             flat = torch.empty(sum(p.numel() for p in params), dtype=torch.float32, device="cpu")
             self.blocks.append(ParamBlock(flat, offset, index, group["weight_decay"], params=params))
             offset += flat.numel()
-        self.load()
+        self.read_params()
         self.torch_optimizer: torch.optim.Optimizer | None = None
         if optim != "sgd":
             kind, options = TORCH_OPTIMIZERS[optim]
@@ -161,7 +165,7 @@ class MasterWeights(TrainedWeights):
             self.torch_optimizer = kind(groups, **options)
 
     @torch.no_grad()
-    def load(self) -> None:
+    def read_params(self) -> None:
         for block in self.blocks:
             for p, values in zip(block.params, block.split(block.param), strict=True):
                 values.copy_(p)
@@ -182,8 +186,8 @@ class MasterWeights(TrainedWeights):
     def _batched_losses(self, closure, points: list[Point], directions: StepDirections) -> list[float]:
         perturbations: list[Tensor] = []
         for block in self.blocks:
-            of_points = torch.stack([directions.z(block, query) * scale for query, scale in points])
-            perturbations += block.split(of_points.to(block.device))
+            block_perturbations = torch.stack([directions.z(block, query) * scale for query, scale in points])
+            perturbations += block.split(block_perturbations.to(block.device))
         try:
             self.set_perturbations(perturbations)
             return closure(copies=len(points)).tolist()
@@ -191,22 +195,24 @@ class MasterWeights(TrainedWeights):
             self.set_perturbations(None)
 
     @torch.no_grad()
-    def update(self, coefficients: list[list[float]], rates: list[float], directions: StepDirections) -> None:
-        super().update(coefficients, rates, directions)
+    def apply_update(
+        self, coefficients: list[list[float]], rates: list[float], directions: StepDirections
+    ) -> None:
+        super().apply_update(coefficients, rates, directions)
         if self.torch_optimizer:
             self.torch_optimizer.step()  # nothing where no block has a gradient
             self.torch_optimizer.zero_grad()
         self.restore()
 
     def update_block(self, block, terms: list[Term], rate: float, directions: StepDirections) -> None:
-        drawn = [(c, directions.z(block, query)) for c, query in terms]
+        weighted_directions = [(c, directions.z(block, query)) for c, query in terms]
         if self.torch_optimizer:
-            block.param.grad = sum(z * c for c, z in drawn)
+            block.param.grad = sum(z * c for c, z in weighted_directions)
             self.torch_optimizer.param_groups[block.group]["lr"] = rate
             return
         if block.weight_decay:
             block.param.mul_(decay_factor(rate, block.weight_decay))
-        directions.method.update(block.param, drawn)
+        directions.method.update(block.param, weighted_directions)
 
     def state(self) -> dict:
         """Return the masters that half-precision parameters cannot hold, and the torch optimizer's state."""
@@ -214,11 +220,11 @@ class MasterWeights(TrainedWeights):
         for i, block in enumerate(self.blocks):
             if any(p.dtype != torch.float32 for p in block.params):
                 masters[i] = block.param
-        inner = self.torch_optimizer.state_dict() if self.torch_optimizer else None
-        return {"master": masters, "inner": inner}
+        optimizer_state = self.torch_optimizer.state_dict() if self.torch_optimizer else None
+        return {"master": masters, "inner": optimizer_state}
 
     def load_state(self, state: dict) -> None:
-        self.load()
+        self.read_params()
         for i, values in state["master"].items():
             self.blocks[i].param.copy_(values)
         if self.torch_optimizer:

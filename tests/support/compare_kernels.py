@@ -37,7 +37,7 @@ def compare_z(name: str, start: int, n: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values, scales = torch.randn(n).to(dtype), [1e-3, -1e-3, 2.0]
         theta = values.to(DEVICE, copy=True)
-        for ours, scale in zip(source.perturbed(COUNTER, start, theta, scales), scales, strict=True):
+        for ours, scale in zip(source.perturb_values(COUNTER, start, theta, scales), scales, strict=True):
             expected = (z * scale).add_(values.float()).to(dtype)
             if INTERPRETED and dtype == torch.bfloat16:  # the interpreter's cast cuts off instead of rounding
                 distance = (ours.view(torch.int16) - expected.view(torch.int16)).abs().max()
@@ -46,7 +46,7 @@ def compare_z(name: str, start: int, n: int) -> None:
                 assert torch.equal(ours.cpu(), expected), (name, start, n, dtype)
         if dtype == torch.float16:  # has no kernel for updates
             continue
-        source.update(COUNTER, start, theta, 0.123, 0.99, ROUNDING)
+        source.update_values(COUNTER, start, theta, 0.123, 0.99, ROUNDING)
         expected = values.float().mul_(0.99).sub_(z * 0.123)
         if dtype == torch.bfloat16:
             expected = counter_rng.stochastic_round(expected, dtype, (5, *ROUNDING), start)
