@@ -10,7 +10,7 @@ prompts in the model's own words. `evaluate` puts them together (`Evaluator`): p
 (`metrics`). `linear_probe` and `staged_results` are two more ways to measure a model.
 """
 
-from scoring.logprobs import loss, score
+from scoring.logprobs import loss, score, token_logprobs
 from scoring.packing import Example, pack
 
-__all__ = ["Example", "loss", "pack", "score"]
+__all__ = ["Example", "loss", "pack", "score", "token_logprobs"]

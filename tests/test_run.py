@@ -30,6 +30,14 @@ def test_a_run_that_is_longer_than_asked_for_is_not_its_result(go, capsys):
     go("--trainer zo --lora --max_steps 6 --output_dir out")  # a longer one goes on
 
 
+def test_where_nothing_is_evaluated_or_written_no_weight_is_read(go, monkeypatch):
+    def fail(*args):
+        raise AssertionError("the model is read")
+
+    monkeypatch.setattr(load_model, "read_model", fail)
+    assert "accuracy" not in go("--no_eval --num_train 0")
+
+
 def test_the_order_of_the_rows_is_part_of_a_run(go, capsys):
     go("--trainer zo --lora --max_steps 2 --output_dir out --data_seed 5")
     go("--trainer zo --lora --max_steps 4 --output_dir out --data_seed 6", status=2)

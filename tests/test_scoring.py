@@ -13,6 +13,7 @@ from support.models import VOCABULARY, tiny_model
 from support.references import assert_close, plain_logprobs, plain_scores, some_examples
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
+import scoring
 from scoring import logprobs, packing
 from scoring.packing import Example, loss_terms
 
@@ -20,6 +21,13 @@ from scoring.packing import Example, loss_terms
 @pytest.fixture(scope="module")
 def models():
     return {}
+
+
+def test_the_seam_with_adapters_is_in_the_package():
+    model, batch = tiny_model("opt"), scoring.pack(some_examples())
+    with torch.no_grad():
+        assert scoring.loss(model, batch, classification=True, copies=3).shape == (3,)
+        assert scoring.token_logprobs(model, batch, copies=2).shape == (2, len(batch["token_target"]))
 
 
 @pytest.mark.parametrize("plain", [False, True])
