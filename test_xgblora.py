@@ -1,5 +1,7 @@
-"""Does XGBLoRA do here what it should? `python test_xgblora.py` prints a line for each property and ends with 1 if one
-fails. It needs no network and no data: a random OPT of 2 layers, made from a configuration. pytest collects it too.
+"""Check properties of XGBLoRA: `python test_xgblora.py` prints a line for each; its status is 1 if one fails.
+
+The check needs no network and no data: a random OPT of 2 layers, made from a configuration. pytest collects
+the file too.
 """
 
 import logging
@@ -62,7 +64,7 @@ def test_injection_leaves_the_function_unchanged():
 
 
 def test_a_merge_keeps_the_function_and_starts_afresh():
-    said = []
+    lines = []
     for dtype in (torch.float32, torch.bfloat16):
         m = model(dtype)
         lora = boosting(m)
@@ -74,8 +76,8 @@ def test_a_merge_keeps_the_function_and_starts_afresh():
         assert change <= (1e-5 if dtype == torch.float32 else 0.2) and effect > change
         assert not any(x.lora_B.any() for x in lora.lora_modules)
         assert not any(torch.equal(x.lora_A, a) for x, a in zip(lora.lora_modules, old, strict=True))
-        said.append(f"{str(dtype).removeprefix('torch.')} within {change:.1e} of an effect of {effect:.1e}")
-    return "; ".join(said)
+        lines.append(f"{str(dtype).removeprefix('torch.')} within {change:.1e} of an effect of {effect:.1e}")
+    return "; ".join(lines)
 
 
 def test_several_rounds_add_up_to_the_chain():
@@ -118,14 +120,19 @@ def test_a_mezo_step_with_learning_rate_0_changes_no_bit():
 
 
 def merges(flags: str) -> list[int]:
-    """Steps at which a real Trainer run merged."""
+    """Return the steps at which a real Trainer run merged."""
     m = model()
     with tempfile.TemporaryDirectory() as folder:
-        common = f"--trainer zo --xgblora --output_dir {folder} --save_strategy no --use_cpu True --disable_tqdm True"
-        args = parse(f"{common} --logging_strategy no --log_level error {flags}".split())
+        shared_flags = f"--trainer zo --xgblora --output_dir {folder} --save_strategy no --use_cpu True"
+        shared_flags += " --disable_tqdm True --logging_strategy no --log_level error"
+        args = parse(f"{shared_flags} {flags}".split())
         data = [Example([[*row.tolist(), 1], [*row.tolist(), 2]], [1, 1], i % 2) for i, row in enumerate(IDS)]
         trainer = OurTrainer(
-            model=m, args=args, train_dataset=data * 4, data_collator=pack, loss_fn=lambda m, x: loss(m, x, True)
+            model=m,
+            args=args,
+            train_dataset=data * 4,
+            data_collator=pack,
+            loss_fn=lambda m, x: loss(m, x, True),
         )
         trainer.lora_module = boosting(m)
         trainer.log = lambda *a, **k: None
@@ -147,15 +154,15 @@ def test_merges_by_epochs():
 def main() -> int:
     logging.disable(logging.WARNING)
     transformers_logging.set_verbosity_error()
-    failed = 0
+    status = 0
     for name, test in [(n, t) for n, t in globals().items() if n.startswith("test_")]:
         try:
-            said = test()
-            print(f"✓ {name.removeprefix('test_').replace('_', ' ')}" + (f" ({said})" if said else ""))
+            detail = test()
+            print(f"✓ {name.removeprefix('test_').replace('_', ' ')}" + (f" ({detail})" if detail else ""))
         except Exception as error:
-            failed = 1
+            status = 1
             print(f"✗ {name.removeprefix('test_').replace('_', ' ')}: {error or type(error).__name__}")
-    return failed
+    return status
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ METHODS = {
 }
 
 
-def make_framework(flags: str, seed: int) -> run.Framework:
+def make_reviews_framework(flags: str, seed: int) -> run.Framework:
     """Return the model of the starter and its Reviews, with these flags."""
     dtype = "--load_bfloat16" if resources.cpu_has_bf16() or torch.cuda.is_available() else ""
     model = f"--model_name {STARTER / 'smollm2-135m'}"
@@ -52,7 +52,7 @@ def make_framework(flags: str, seed: int) -> run.Framework:
 
 def time_step(seed: int) -> float:
     """Return the seconds of a step of two whole forwards: the median of five steps, after one to warm up."""
-    framework = make_framework(METHODS["MeZO-XGBLoRA"], seed)
+    framework = make_reviews_framework(METHODS["MeZO-XGBLoRA"], seed)
     examples = framework.prompts.examples(framework.task.sample_subset("train", seed, 6 * BATCH_SIZE))
     framework.load()
     engine = ZerothOrder(framework.model, lr=0.0, eps=1e-2)
@@ -65,7 +65,7 @@ def time_step(seed: int) -> float:
     return median(seconds[1:])
 
 
-def fit_steps(seconds: float, step_seconds: float, cached: bool) -> int:
+def fit_steps(seconds: float, step_seconds: float, caches_activations: bool) -> int:
     """Return how many steps fit into a time, a multiple of 25.
 
     In a run of minutes a step takes up to 1.3 times as long as five steps alone. A step is two passes over a
@@ -75,11 +75,11 @@ def fit_steps(seconds: float, step_seconds: float, cached: bool) -> int:
     Args:
         seconds: the time.
         step_seconds: of a step without cache, from `time_step`.
-        cached: whether the lower half of the layers is cached.
+        caches_activations: whether the lower half of the layers is cached.
     """
     evaluations = EVALUATIONS * NUM_DEV / BATCH_SIZE / 2
     steps = seconds / (1.3 * step_seconds) - evaluations
-    if cached:
+    if caches_activations:
         steps = 2 * (steps - NUM_TRAIN / BATCH_SIZE / 4)
     return max(50, int(steps) // 25 * 25)
 
@@ -102,21 +102,21 @@ def run_method(name: str, flags: str, steps: int, seed: int) -> None:
     """
     run.logging.basicConfig(level=run.logging.WARNING)
     resources.keep_pages()
-    framework = make_framework(run_flags(name, flags, steps), seed)
+    framework = make_reviews_framework(run_flags(name, flags, steps), seed)
     start = time.perf_counter()
-    measured = {"train_set": seed, "forward_passes": 0, "log": []}
+    measurement = {"train_set": seed, "forward_passes": 0, "log": []}
     if "--trainer zo" in flags:
         rows = framework.task.sample_subset("train", seed, NUM_TRAIN + NUM_DEV)
         framework.train(rows[:NUM_TRAIN], framework.eval_batch(rows[NUM_TRAIN:]), OUT / name)
         trainer = framework.trainer
-        measured |= {"forward_passes": trainer.forward_passes, "log": trainer.state.log_history}
-    measured["train_seconds"] = round(time.perf_counter() - start, 1)
-    measured |= evaluate(framework)
-    measured["seconds"] = round(time.perf_counter() - start, 1)
-    write_result(OUT / f"{name}.json", framework.args, [measured])
+        measurement |= {"forward_passes": trainer.forward_passes, "log": trainer.state.log_history}
+    measurement["train_seconds"] = round(time.perf_counter() - start, 1)
+    measurement |= evaluate_reviews(framework)
+    measurement["seconds"] = round(time.perf_counter() - start, 1)
+    write_result(OUT / f"{name}.json", framework.args, [measurement])
 
 
-def evaluate(framework: run.Framework) -> dict:
+def evaluate_reviews(framework: run.Framework) -> dict:
     """Return accuracies on the validation rows, the number of boosters, and the first margins."""
     validation = framework.task.sample_subset("validation", 0, sys.maxsize)
     golds = [sample.correct_candidate for sample in validation]
@@ -135,7 +135,7 @@ def evaluate(framework: run.Framework) -> dict:
     }
 
 
-def draw(results: dict[str, dict], path: Path) -> None:
+def draw_curves(results: dict[str, dict], path: Path) -> None:
     """Draw loss and dev accuracy against forward passes, with a line at every merge."""
     import matplotlib
 
@@ -143,12 +143,12 @@ def draw(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (losses, accuracies) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    trained = list(results.items())[1:]
-    for color, (name, result) in zip(("C0", "C1"), trained, strict=True):
+    trained_results = list(results.items())[1:]
+    for color, (name, result) in zip(("C0", "C1"), trained_results, strict=True):
         log = result["log"]
         points = [(2 * entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        smooth = [fmean(loss for _, loss in points[max(0, i - 3) : i + 1]) for i in range(len(points))]
-        losses.plot([passes for passes, _ in points], smooth, color=color, label=name)
+        smooth_losses = [fmean(loss for _, loss in points[max(0, i - 3) : i + 1]) for i in range(len(points))]
+        losses.plot([passes for passes, _ in points], smooth_losses, color=color, label=name)
         for entry in log:
             if "merged_booster" in entry:
                 losses.axvline(2 * entry["step"], color=color, alpha=0.25, lw=1)
@@ -168,7 +168,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def report(results: dict[str, dict]) -> None:
+def print_report(results: dict[str, dict]) -> None:
     """Print the table of the methods, and the answers to a few sentences before and after training."""
     columns = ("accuracy", "calibrated", "passes", "seconds", "peak MB", "boosters")
     print(f"\n{'method':14}" + "".join(f"{column:>11}" for column in columns))
@@ -193,12 +193,12 @@ def choose_steps(minutes: float, seed: int) -> dict[str, int]:
     """Return the steps of each method that fit into a time on this machine, and print them."""
     seconds = time_step(seed)
     steps = {
-        name: fit_steps(60 * minutes * share, seconds, cached="fast" in METHODS[name])
+        name: fit_steps(60 * minutes * share, seconds, caches_activations="fast" in METHODS[name])
         for name, share in SHARES.items()
     }  # fmt: skip
-    trained = ", ".join(f"{steps[name]} for {name}" for name in list(METHODS)[1:])
+    description = ", ".join(f"{steps[name]} for {name}" for name in list(METHODS)[1:])
     print(f"a step of {BATCH_SIZE} rows takes {seconds:.2f} s here; ", end="")
-    print(f"steps that fit into {minutes:g} minutes: {trained}")
+    print(f"steps that fit into {minutes:g} minutes: {description}")
     return steps
 
 
@@ -228,8 +228,8 @@ def main() -> int:
             return 1
         result = json.loads((OUT / f"{name}.json").read_text())
         results[name] = {**result["sets"][0], "peak_memory_mb": result["peak_memory_mb"]}
-    draw(results, OUT / "curve.png")
-    report(results)
+    draw_curves(results, OUT / "curve.png")
+    print_report(results)
     return 0
 
 

@@ -53,7 +53,7 @@ PEAK_ROWS = 200  # at most, of the process that measures memory
 
 
 @torch.inference_mode()
-def plain_scores(model, example: packing.Example) -> list[float]:
+def score_one_by_one(model, example: packing.Example) -> list[float]:
     """Return the log-probability of each option: one row each, alone, with all its logits."""
     scores = []
     for ids, option_len in zip(example.encodings, example.option_lens, strict=True):
@@ -83,7 +83,7 @@ def plain_predictions(framework, samples, demonstrations, stops: list[int]) -> l
     examples = framework.prompts.examples(samples, demonstrations, gold=False)
     model = framework.model
     if not framework.task.generation:
-        return [plain_scores(model, x) for x in examples]
+        return [score_one_by_one(model, x) for x in examples]
     max_new_tokens = framework.args.max_new_tokens
     prompts = [x.encodings[0] for x in examples]
     return [plain_answer(model, framework.tokenizer, ids, stops, max_new_tokens) for ids in prompts]
@@ -115,7 +115,7 @@ def make_sides(framework, case: Case, rows: int) -> dict[str, Callable[[], int]]
     stops = generate.stop_ids(framework.tokenizer, "\n") if framework.task.generation else []
     rounds = itertools.count()
 
-    def ours() -> int:
+    def evaluate_packed() -> int:
         framework.evaluate(framework.eval_batch(samples, demonstrations))
         return len(samples)
 
@@ -125,17 +125,17 @@ def make_sides(framework, case: Case, rows: int) -> dict[str, Callable[[], int]]
         plain_predictions(framework, sample, demonstrations, stops)
         return len(sample)
 
-    return {"ours": ours, "plain": plain}
+    return {"ours": evaluate_packed, "plain": plain}
 
 
-def timed(function: Callable) -> float:
+def seconds_per_example(function: Callable) -> float:
     """Return the seconds of a call; per example, where the function returns how many it evaluated."""
     start = time.perf_counter()
     count = function()
     return (time.perf_counter() - start) / (count if isinstance(count, int) else 1)
 
 
-def peak_memory(args, case: str, side: str) -> float:
+def peak_memory_of_case(args, case: str, side: str) -> float:
     """Return the peak memory in MB of a process that evaluates one case, above that before it loads."""
     command = [sys.executable, __file__, "--model_name", args.model_name, "--data_dir", args.data_dir]
     command += ["--dtype", args.dtype, "--cases", case, "--peak", side]
@@ -150,8 +150,8 @@ def training_forwards(model, examples: list[packing.Example]) -> dict[str, Calla
 
     def bare():
         inputs = {"attention_mask": mask, "position_ids": batch["position_ids"], "use_cache": False}
-        hidden = model.base_model(input_ids=batch["input_ids"], **inputs).last_hidden_state
-        model.get_output_embeddings()(hidden[batch["read_row"], batch["read_column"]])
+        hidden_states = model.base_model(input_ids=batch["input_ids"], **inputs).last_hidden_state
+        model.get_output_embeddings()(hidden_states[batch["read_row"], batch["read_column"]])
 
     return {
         "padded": lambda: plain_loss(model, examples),
@@ -168,10 +168,10 @@ def time_training_forwards(args, model, rounds: int) -> None:
         samples = framework.task.sample_subset("train", i, 16)
         forwards = training_forwards(model, framework.prompts.examples(samples))
         with torch.inference_mode():
-            round_seconds = {"padded": [timed(forwards["padded"])], "ours": [], "bare": []}
+            round_seconds = {"padded": [seconds_per_example(forwards["padded"])], "ours": [], "bare": []}
             for _ in range(3):
-                round_seconds["ours"].append(timed(forwards["ours"]))
-                round_seconds["bare"].append(timed(forwards["bare"]))
+                round_seconds["ours"].append(seconds_per_example(forwards["ours"]))
+                round_seconds["bare"].append(seconds_per_example(forwards["bare"]))
         # The first round warms up, and so does each first run after the padded one, which fills the CPU's
         # caches.
         if i:
@@ -180,9 +180,9 @@ def time_training_forwards(args, model, rounds: int) -> None:
     for name in ("padded", "bare"):
         ratio = median(a / b for a, b in zip(seconds["ours"], seconds[name], strict=True))
         text = f"{1 / ratio:.1f} x faster" if name == "padded" else f"{ratio:.2f} x its time"
-        ours = median(seconds["ours"])
-        other = median(seconds[name])
-        print(f"training batch of 16 SST2 rows: {ours:.3f} s, {name} {other:.3f} s: {text}")
+        our_seconds = median(seconds["ours"])
+        other_seconds = median(seconds[name])
+        print(f"training batch of 16 SST2 rows: {our_seconds:.3f} s, {name} {other_seconds:.3f} s: {text}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -204,10 +204,14 @@ def print_case(args, model, name: str) -> None:
     """Time both sides of one case and print a row of the table."""
     case = CASES[name]
     sides = make_sides(make_framework(args, case.task, args.dtype, model), case, case.rows)
-    pairs = [(timed(sides["plain"]), timed(sides["ours"])) for _ in range(args.rounds)]
+    pairs = [
+        (seconds_per_example(sides["plain"]), seconds_per_example(sides["ours"])) for _ in range(args.rounds)
+    ]
     memory = ""
     if not args.no_peak:
-        memory = f"{peak_memory(args, name, 'plain'):9.0f} {peak_memory(args, name, 'ours'):8.0f}"
+        memory = (
+            f"{peak_memory_of_case(args, name, 'plain'):9.0f} {peak_memory_of_case(args, name, 'ours'):8.0f}"
+        )
     ratio = median(plain / ours for plain, ours in pairs)
     plain_rate, rate = (1 / median(seconds) for seconds in zip(*pairs, strict=True))
     print(f"{name:18} {case.rows:5d} {plain_rate:11.2f} {rate:10.1f} {ratio:6.1f} {memory}", flush=True)

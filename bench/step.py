@@ -172,19 +172,19 @@ class Side:
         """Return a context in which the layers below the adapted ones have run, of `upper-…` alone."""
         if not self.kind.startswith("upper"):
             return contextlib.nullcontext()
-        layers, first = self.framework.lora_module.first_adapted_layer
+        layers, first_layer = self.framework.lora_module.first_adapted_layer
         if self.cache:
-            hidden = self.cache(batch)
+            hidden_states = self.cache(batch)
         else:
             forward = partial(logprobs.loss, model, batch, True)
-            hidden = activation_cache.capture_hidden_states(layers[first], forward)
-        return activation_cache.skip_lower_layers(layers, first, hidden)
+            hidden_states = activation_cache.capture_hidden_states(layers[first_layer], forward)
+        return activation_cache.skip_lower_layers(layers, first_layer, hidden_states)
 
     def fill_cache(self, examples: list[packing.Example]) -> list[packing.Example]:
         """Fill the cache, and return the examples as they refer to it."""
-        layers, first = self.framework.lora_module.first_adapted_layer
+        layers, first_layer = self.framework.lora_module.first_adapted_layer
         model = self.framework.model
-        self.cache = activation_cache.ActivationCache(model, layers, first, examples, plain_rows=False)
+        self.cache = activation_cache.ActivationCache(model, layers, first_layer, examples, plain_rows=False)
         return self.cache.examples
 
 
@@ -210,13 +210,13 @@ def make_side(kind: str, args, dtype: str) -> Side:
         framework.lora_module = LoRA(framework.model, 8, 16, targets=ALL_LINEAR)
     if kind == "floor" or kind.startswith("plain"):
         return Side(kind, framework)
-    full = kind.startswith("full")
+    is_full = kind.startswith("full")
     engine = ZerothOrder(
         framework.model,
         1e-9,
         1e-3,
-        master=not full,
-        set_perturbations=None if full else framework.lora_module.set_perturbations,
+        master=not is_full,
+        set_perturbations=None if is_full else framework.lora_module.set_perturbations,
         distribution="rademacher" if kind == "full-signs" else "gaussian",
     )
     return Side(kind, framework, engine)
@@ -234,17 +234,17 @@ def time_sweeps(model) -> dict[str, float]:
         for p in params:
             p.add_(0.0)
 
-    def generate() -> None:
+    def draw_z() -> None:
         for p in params:
-            for first in range(0, p.numel(), block):
-                columns = range(min(block, p.numel() - first))
-                DirectionSource(0).rows((0, 0), first, 1, columns, p.device)
+            for begin in range(0, p.numel(), block):
+                columns = range(min(block, p.numel() - begin))
+                DirectionSource(0).rows((0, 0), begin, 1, columns, p.device)
 
     with torch.no_grad():
-        return {"sweep": timed(sweep, model.device), "z": timed(generate, model.device)}
+        return {"sweep": seconds_of_call(sweep, model.device), "z": seconds_of_call(draw_z, model.device)}
 
 
-def timed(work: Callable, device) -> float:
+def seconds_of_call(work: Callable, device) -> float:
     """Return the seconds of `work()`, with the kernels that it has started on a GPU."""
     wait = torch.cuda.synchronize if device.type == "cuda" else bool
     wait()
@@ -254,7 +254,7 @@ def timed(work: Callable, device) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(args, dtype: str, kind: str) -> float:
+def peak_memory_of_kind(args, dtype: str, kind: str) -> float:
     """Return the peak memory in MB of a process that takes steps of one kind, above that before it loads."""
     command = [sys.executable, __file__, "--model_name", args.model_name, "--data_dir", args.data_dir]
     command += ["--task_name", args.task_name, "--batch", str(args.batch), "--dtypes", dtype, "--peak", kind]
@@ -288,7 +288,7 @@ def time_steps(sides: dict[str, Side], groups: list[list[packing.Example]]) -> d
         for kind, side in sides.items():
             if device.type == "cuda":  # a GPU chooses kernels and allocates memory when a shape is new
                 side.step(batch, group)
-            round_seconds[kind] = timed(partial(side.step, batch, group), device)
+            round_seconds[kind] = seconds_of_call(partial(side.step, batch, group), device)
         if i:
             round_seconds |= time_sweeps(model)
             for name, value in round_seconds.items():
@@ -322,7 +322,7 @@ def print_table(args, dtype: str) -> None:
         ratio = median(a / b for a, b in zip(seconds[kind], seconds["floor"], strict=True))
         memory = ""
         if kind in args.kinds and not args.no_peak:
-            memory = f"{peak_memory(args, dtype, kind):.0f}"
+            memory = f"{peak_memory_of_kind(args, dtype, kind):.0f}"
         bound = bound_ratio(kind, seconds)
         print(f"{kind:12} {median(seconds[kind]):8.3f} {ratio:8.2f} {bound:>8} {memory:>8}", flush=True)
 

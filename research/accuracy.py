@@ -32,8 +32,8 @@ from scoring.metrics import best_threshold_accuracy
 OUT = ROOT / "result" / "accuracy"
 LORA = "--trainer zo --lora"
 R1 = "--trainer zo --lora --lora_r 1"
-BOTH = "--trainer zo --xgblora"
-BEST = "--trainer zo --xgblora --lora_freeze_a --zo_normalize"
+XGBLORA = "--trainer zo --xgblora"
+XGBLORA_B = "--trainer zo --xgblora --lora_freeze_a --zo_normalize"
 REGULAR = "--max_steps 300 --learning_rate 1e-3 --per_device_train_batch_size 16"
 
 
@@ -58,33 +58,33 @@ def search_grid() -> dict[str, str]:
     grid = {}
     for rate, eps, rounds, batch in choices:
         name = f"XGBLoRA B normalised, η {rate:g}, ε {eps:g}, rounds of {rounds}, batch {batch}"
-        grid[name] = f"{BEST} {settings(rate, eps, rounds, 3600 // batch, batch)}"
+        grid[name] = f"{XGBLORA_B} {settings(rate, eps, rounds, 3600 // batch, batch)}"
     return grid
 
 
 def merge_grid() -> dict[str, str]:
     """Return the arms of `merges`: A and B or B alone, with merges and without, in 300 steps of 16 rows."""
-    free = f"{R1} --lora_freeze_a --zo_normalize"
+    b_only = f"{R1} --lora_freeze_a --zo_normalize"
     return {
         "LoRA r 8, η 5e-5 (published)": f"{LORA} {settings(5e-5, 1e-2, steps=300)}",
         "LoRA r 8, η 7e-4": f"{LORA} {settings(7e-4, 1e-2, steps=300)}",
         "LoRA r 1, η 3e-4, no merge": f"{R1} {settings(3e-4, 1e-2, steps=300)}",
-        "XGBLoRA, η 3e-4, rounds of 100": f"{BOTH} {settings(3e-4, 1e-2, 100, steps=300)}",
-        "XGBLoRA, η 1e-4, rounds of 100": f"{BOTH} {settings(1e-4, 1e-2, 100, steps=300)}",
-        "LoRA r 1 B normalised, η 6e-3, no merge": f"{free} {settings(6e-3, 3e-2, steps=300)}",
-        "XGBLoRA B normalised, η 6e-3, rounds of 100": f"{BEST} {settings(6e-3, 3e-2, 100, steps=300)}",
-        "XGBLoRA B normalised, η 6e-3, rounds of 25": f"{BEST} {settings(6e-3, 3e-2, 25, steps=300)}",
+        "XGBLoRA, η 3e-4, rounds of 100": f"{XGBLORA} {settings(3e-4, 1e-2, 100, steps=300)}",
+        "XGBLoRA, η 1e-4, rounds of 100": f"{XGBLORA} {settings(1e-4, 1e-2, 100, steps=300)}",
+        "LoRA r 1 B normalised, η 6e-3, no merge": f"{b_only} {settings(6e-3, 3e-2, steps=300)}",
+        "XGBLoRA B normalised, η 6e-3, rounds of 100": f"{XGBLORA_B} {settings(6e-3, 3e-2, 100, steps=300)}",
+        "XGBLoRA B normalised, η 6e-3, rounds of 25": f"{XGBLORA_B} {settings(6e-3, 3e-2, 25, steps=300)}",
     }
 
 
 def table_grid() -> dict[str, str]:
     """Return the arms of `table`: the methods."""
     return {
-        "MeZO-XGBLoRA, B normalised": f"{BEST} {settings(rounds=25)}",
+        "MeZO-XGBLoRA, B normalised": f"{XGBLORA_B} {settings(rounds=25)}",
         "MeZO-LoRA r 8, published rate": f"{LORA} {settings()}",
         "first-order LoRA r 8": f"--trainer regular --lora {REGULAR}",
         "first-order XGBLoRA": f"--trainer regular --xgblora --xgblora_steps_per_iteration 100 {REGULAR}",
-        "MeZO-XGBLoRA, A and B": f"{BOTH} {settings(rounds=100)}",
+        "MeZO-XGBLoRA, A and B": f"{XGBLORA} {settings(rounds=100)}",
         "MeZO-LoRA r 8, η 7e-4": f"{LORA} {settings(7e-4)}",
     }
 
@@ -96,8 +96,8 @@ def demo_grid(task: str, data_dir: Path) -> dict[str, str]:
     flags = settings(rounds=25, steps=450, batch=8)
     return {
         "MeZO-LoRA r 8, published rate": f"{LORA} {settings(steps=450, batch=8)}",
-        "MeZO-XGBLoRA, B normalised": f"{BEST} {flags}",
-        "the same on shuffled labels": f"{BEST} {flags} --data_dir {shuffled}",
+        "MeZO-XGBLoRA, B normalised": f"{XGBLORA_B} {flags}",
+        "the same on shuffled labels": f"{XGBLORA_B} {flags} --data_dir {shuffled}",
     }
 
 
@@ -119,7 +119,7 @@ def common_flags(args, seed: int) -> list[str]:
     return [*source, "--seed", str(seed), "--disable_tqdm", "True", *dtype]
 
 
-def run_one(args, name: str, flags: str, seed: int) -> dict:
+def run_arm(args, name: str, flags: str, seed: int) -> dict:
     """Return the result of an arm with a seed; {} where the run failed. A result file is not made anew."""
     label = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
     path = OUT / f"{args.task}-{label}-seed{seed}.json"
@@ -157,7 +157,7 @@ def choose_arms(args) -> dict[str, str]:
     return {name: flags for name, flags in arms.items() if args.only in name}
 
 
-def print_row(name: str, results: list[dict]) -> None:
+def print_arm(name: str, results: list[dict]) -> None:
     """Print the means of an arm over its seeds."""
     if not results:
         print(f"{'failed':>11} {name}: see {OUT}")
@@ -189,13 +189,13 @@ def main() -> None:
         print_zero_shot(args)
     jobs = [(name, flags, seed) for name, flags in arms.items() for seed in args.seeds]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda job: run_one(args, *job), jobs)
+        runs = pool.map(lambda job: run_arm(args, *job), jobs)
         results = list(tqdm(runs, total=len(jobs), unit="run", desc=args.task))
     heads = f"{'accuracy':>11} {'loss':>7} {'passes':>7} {'seconds':>8} {'peak MB':>8}"
     print(f"{heads}  {args.task}, seeds {args.seeds}")
     for i, name in enumerate(arms):
         row_results = results[i * len(args.seeds) : (i + 1) * len(args.seeds)]
-        print_row(name, [result for result in row_results if result])
+        print_arm(name, [result for result in row_results if result])
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Side:
         self.engine.step()
 
 
-def make_side(form: str, num_boosters: int, dtype: str) -> Side:
+def make_chain_side(form: str, num_boosters: int, dtype: str) -> Side:
     """Return a model with a chain of boosters.
 
     Args:
@@ -139,7 +139,7 @@ def print_growth(steps: int) -> None:
         print_steps(dtype, steps)
     print("\na merge, bfloat16: seconds, medians of 5")
     for form in ("merged", "ensemble"):
-        lora = make_side(form, 0, "bfloat16").framework.lora_module
+        lora = make_chain_side(form, 0, "bfloat16").framework.lora_module
         for num_boosters, seconds in time_merges(lora):
             print(f"{form:10} {num_boosters:5d} boosters: {seconds:.3f}", flush=True)
 
@@ -156,7 +156,7 @@ def time_merges(lora: LoRA) -> Iterator[tuple[int, float]]:
         yield num_boosters, median(seconds)
 
 
-def time_steps(sides: dict, steps: int) -> dict:
+def time_chain_steps(sides: dict, steps: int) -> dict:
     """Return the seconds of interleaved steps of each side, after one to warm up."""
     framework = sides["merged", 1].framework
     samples = framework.task.sample_subset("train", 0, BATCH_SIZE * (steps + 1))
@@ -175,8 +175,8 @@ def time_steps(sides: dict, steps: int) -> dict:
 def print_steps(dtype: str, steps: int) -> None:
     """Print seconds of a step, operations and bytes against the number of boosters."""
     keys = [(form, num) for form in ("merged", "ensemble") for num in (1, 10, 100)]
-    sides = {(form, num): make_side(form, num, dtype) for form, num in keys}
-    seconds = time_steps(sides, steps)
+    sides = {(form, num): make_chain_side(form, num, dtype) for form, num in keys}
+    seconds = time_chain_steps(sides, steps)
     framework = sides["merged", 1].framework
     model = framework.model
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.lm_head.weight.numel()
@@ -232,13 +232,13 @@ def peft_row(make_model, num_boosters: int) -> str:
     grow(lora, num_boosters)
     ids = torch.arange(64).view(2, 32) * 97 % 5000
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        ours = model(input_ids=ids).logits
+        our_logits = model(input_ids=ids).logits
         lora.save_pretrained(folder)
-        theirs = PeftModel.from_pretrained(make_model(), folder).eval()(input_ids=ids).logits
+        peft_logits = PeftModel.from_pretrained(make_model(), folder).eval()(input_ids=ids).logits
         files = ("adapter_model.safetensors", "boosters.safetensors")
         adapter_mb, boosters_mb = ((Path(folder) / file).stat().st_size / 1e6 for file in files)
-    difference = float((ours - theirs).abs().max())
-    relative = difference / float(ours.abs().max())
+    difference = float((our_logits - peft_logits).abs().max())
+    relative = difference / float(our_logits.abs().max())
     return f"{difference:14.1e} {relative:15.1e} {adapter_mb:11.2f} {boosters_mb:12.2f}"
 
 

@@ -63,7 +63,7 @@ def label_bias(arm: Arm, seed: int) -> None:
     Only the difference of the two numbers counts. Cross-entropy has its minimum where the mean probability of
     a label is its share.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     words = os.path.expandvars(arm.command.removesuffix(BIAS)).split()
     args = run.parse([*words, "--trainer", "none", "--seed", str(seed), "--disable_tqdm", "True"])
     task = run.get_task(args.task_name, args.data_dir)
@@ -72,18 +72,18 @@ def label_bias(arm: Arm, seed: int) -> None:
     train_margins, train_golds = margins_and_golds(framework, task.sample_subset("train", seed, 1000))
     margins, golds = margins_and_golds(framework, task.sample_subset("validation", 0, 10**9))
     bias = fit_bias(train_margins, fmean(train_golds))
-    shifted = [m + bias for m in margins]
-    losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted, golds, strict=True)]
-    write(
+    shifted_margins = [m + bias for m in margins]
+    losses = [math.log1p(math.exp(-m if gold else m)) for m, gold in zip(shifted_margins, golds, strict=True)]
+    write_run(
         arm,
         seed,
         {
-            "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted, golds, strict=True)),
+            "accuracy": fmean((m > 0) == gold for m, gold in zip(shifted_margins, golds, strict=True)),
             "loss": fmean(losses),
-            "auc": auc(shifted, golds),
-            "best_threshold": best_threshold_accuracy(shifted, golds),
+            "auc": auc(shifted_margins, golds),
+            "best_threshold": best_threshold_accuracy(shifted_margins, golds),
             "forward_passes": 0,
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(time.perf_counter() - start, 1),
             "boosters": 0,
         },
     )
@@ -97,18 +97,18 @@ def margins_and_golds(framework: run.Framework, samples) -> tuple[list[float], l
 
 def fit_bias(margins: list[float], share: float) -> float:
     """Return the number that, added to the margins, makes the mean probability of label 1 its share."""
-    low = -20.0
-    high = 20.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
+    lower_end = -20.0
+    upper_end = 20.0
+    while upper_end - lower_end > 1e-6:
+        middle = (lower_end + upper_end) / 2
         if fmean(1 / (1 + math.exp(-m - middle)) for m in margins) > share:
-            high = middle
+            upper_end = middle
         else:
-            low = middle
-    return low
+            lower_end = middle
+    return lower_end
 
 
-def write(arm: Arm, seed: int, measured: dict) -> None:
+def write_run(arm: Arm, seed: int, measurement: dict) -> None:
     """Write the JSON of a run: the arm, the command that repeats it, and the measurements."""
     description = {
         "arm": arm.name,
@@ -122,11 +122,11 @@ def write(arm: Arm, seed: int, measured: dict) -> None:
     }
     path = arm.path(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**description, "command": arm.line(seed), **measured}
+    content = {**description, "command": arm.line(seed), **measurement}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def run_one(job: tuple[Arm, int]) -> None:
+def run_arm_with_seed(job: tuple[Arm, int]) -> None:
     """Run an arm with a seed and write its JSON."""
     arm, seed = job
     if arm.flags == BIAS:
@@ -147,7 +147,7 @@ def run_one(job: tuple[Arm, int]) -> None:
         return
     result = json.loads(result_file.read_text())
     rows = [json.loads(line) for line in predictions_file.read_text().splitlines()]
-    write(arm, seed, measurements(result, rows))
+    write_run(arm, seed, measurements(result, rows))
 
 
 def measurements(result: dict, rows: list[dict]) -> dict:
@@ -155,7 +155,7 @@ def measurements(result: dict, rows: list[dict]) -> dict:
     margins = [row["scores"][1] - row["scores"][0] for row in rows]
     golds = [row["gold"] for row in rows]
     train_set = result["sets"][0]
-    measured = {
+    numbers = {
         "accuracy": result["accuracy"],
         "loss": result["loss"],
         "auc": auc(margins, golds),
@@ -165,11 +165,11 @@ def measurements(result: dict, rows: list[dict]) -> dict:
         "boosters": train_set.get("boosters", 0),
     }
     if "staged" in train_set:
-        measured["staged"] = train_set["staged"]
+        numbers["staged"] = train_set["staged"]
     if not torch.cuda.is_available():
-        measured["cpu_seconds"] = train_set["train_cpu_seconds"]
-        measured["peak_memory_mb"] = result["peak_memory_mb"]
-    return measured
+        numbers["cpu_seconds"] = train_set["train_cpu_seconds"]
+        numbers["peak_memory_mb"] = result["peak_memory_mb"]
+    return numbers
 
 
 def run_in_new_process(words: list[str], log) -> int:
@@ -192,10 +192,10 @@ def run_in_this_process(words: list[str], log) -> int:
             torch.cuda.empty_cache()
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
+def paired(values: dict[int, float], reference_values: dict[int, float]) -> str:
     """Return the mean difference over common seeds, with its 95 % interval from `MIN_SEEDS` seeds on."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    differences = [ours[s] - theirs[s] for s in seeds]
+    seeds = sorted(values.keys() & reference_values.keys())
+    differences = [values[s] - reference_values[s] for s in seeds]
     if len(seeds) < MIN_SEEDS:
         return f"{fmean(differences):+.1f}" if seeds else ""
     half = T95.get(len(seeds), 2.0) * stdev(differences) / len(seeds) ** 0.5
@@ -253,11 +253,11 @@ def table(arms: list[Arm]) -> None:
         recipe = next((percent(runs) for arm, runs in rows if arm.name == RECIPE), {})
         print(f"\n{title(task)}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         for arm, runs in rows:
-            seeds, accuracy, *others = cells(arm, runs)
+            seeds, accuracy, *other_cells = cells(arm, runs)
             reference = recipe if arm.group == "recipe" else base
             is_base = arm.group == "base" and percent(runs) == reference
             difference = "" if is_base else paired(percent(runs), reference)
-            print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, difference, *others])} |")
+            print(f"| {' | '.join([arm.group, arm.name, seeds, accuracy, difference, *other_cells])} |")
 
 
 def best_of_methods(arms: list[Arm]) -> list[tuple[str, int, Arm, dict[int, dict]]]:
@@ -283,8 +283,8 @@ def main_table(arms: list[Arm]) -> None:
     """Print each method at the best of its settings on the dev rows, and how many settings were tried."""
     heads = "method", "tried", "best", *HEAD[2:4], *HEAD[5:]
     print(f"\nMethods\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for method, tried, arm, runs in best_of_methods(arms):
-        print(f"| {' | '.join([method, f'{tried}', arm.name, *cells(arm, runs)])} |")
+    for method, num_settings, arm, runs in best_of_methods(arms):
+        print(f"| {' | '.join([method, f'{num_settings}', arm.name, *cells(arm, runs)])} |")
 
 
 def plot_costs(arms: list[Arm], path: Path) -> None:
@@ -298,11 +298,13 @@ def plot_costs(arms: list[Arm], path: Path) -> None:
         axes[1].plot([], [], label=method, **style)
         for axis, cost in zip(axes, costs, strict=True):
             for dtype in ("bfloat16", "float32"):
-                measured = [r for r in runs.values() if cost in r and r.get("weights", "bfloat16") == dtype]
-                if measured:
+                runs_of_dtype = [
+                    r for r in runs.values() if cost in r and r.get("weights", "bfloat16") == dtype
+                ]
+                if runs_of_dtype:
                     filling = {} if dtype == "bfloat16" else {"markerfacecolor": "none"}
-                    accuracy = 100 * fmean(r["accuracy"] for r in measured)
-                    axis.plot(fmean(r[cost] for r in measured), accuracy, **style, **filling)
+                    accuracy = 100 * fmean(r["accuracy"] for r in runs_of_dtype)
+                    axis.plot(fmean(r[cost] for r in runs_of_dtype), accuracy, **style, **filling)
     for axis, label in zip(axes, costs.values(), strict=True):
         heading = f"{title('dev')}: filled bfloat16, hollow float32"
         axis.set(title=heading, xlabel=label, ylabel="accuracy in %")
@@ -341,7 +343,7 @@ def plot_passes(arms: list[Arm], task: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot(arms: list[Arm], path: Path) -> None:
+def plot_table(arms: list[Arm], path: Path) -> None:
     """Draw the accuracy of every arm with its runs as dots, a panel for each task."""
     from matplotlib import pyplot
 
@@ -395,11 +397,11 @@ def plot_all(arms: list[Arm]) -> None:
 
     matplotlib.use("Agg")
     dev = [arm for arm in arms if arm.task == "dev"]
-    plot(dev, OUT / "arms.png")
-    plot([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
+    plot_table(dev, OUT / "arms.png")
+    plot_table([arm for arm in arms if arm.task != "dev"], OUT / "confirmed.png")
     plot_costs(dev, OUT / "costs.png")
     plot_passes(arms, "SST2", OUT / "passes.png")
-    why.plot(OUT / "why.png")
+    why.plot_terms(OUT / "why.png")
 
 
 def run_all(jobs: list[tuple[Arm, int]], num_processes: int) -> None:
@@ -407,7 +409,7 @@ def run_all(jobs: list[tuple[Arm, int]], num_processes: int) -> None:
     make_dev()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the workers
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(run_one, jobs), total=len(jobs), unit="run", desc="experiments"):
+        for _ in tqdm(pool.map(run_arm_with_seed, jobs), total=len(jobs), unit="run", desc="experiments"):
             pass
 
 

@@ -40,7 +40,7 @@ def compare_roundings(dtype: torch.dtype, num_elements: int, steps: int, g_rms: 
     truth = start.double()
     nearest = start.clone()
     in_place = start.clone()
-    unmoved = {}
+    unmoved_elements = {}
     for step, g in enumerate(gs):
         z = engine.directions.z(engine.blocks[0], 0)
         engine.losses = [g * EPS, -g * EPS]
@@ -51,18 +51,18 @@ def compare_roundings(dtype: torch.dtype, num_elements: int, steps: int, g_rms: 
         for scale in (EPS, -2 * EPS, EPS, -coefficient):
             in_place += (z * scale).to(dtype)
         if step == 0:
-            unmoved = {"chance": chance == start, "nearest": nearest == start}
+            unmoved_elements = {"chance": chance == start, "nearest": nearest == start}
     movement = truth - start.double()
     norm = start.double().norm()
-    moved = f"{movement.norm() / norm:.2%} of the weights' norm"
-    print(f"\n{dtype}: true movement {moved} after {steps} steps, |g| {g_rms}")
+    distance = f"{movement.norm() / norm:.2%} of the weights' norm"
+    print(f"\n{dtype}: true movement {distance} after {steps} steps, |g| {g_rms}")
     for name, theta in (("chance", chance), ("nearest", nearest), ("in place", in_place)):
         error = (theta.double() - truth).norm() / norm
         share = ((theta.double() - start.double()) * movement).sum() / movement.square().sum()
-        lost_updates = f"{unmoved[name].double().mean():.1%}" if name in unmoved else ""
+        percent_unmoved = f"{unmoved_elements[name].double().mean():.1%}" if name in unmoved_elements else ""
         print(
             f"{name:9} off the truth {error:7.2%}   share of the true movement {share:6.2f}   "
-            f"lost updates {lost_updates}"
+            f"lost updates {percent_unmoved}"
         )
 
 

@@ -117,7 +117,7 @@ class Measurement:
         points = [(0, 0.0), *((q, sign) for q in range(NUM_DIRECTIONS) for sign in (1.0, -1.0))]
         center, *sides = engine.losses_at(points, self.loss)
         pairs = zip(sides[0::2], sides[1::2], strict=True)
-        return center, [(up + down - 2 * center) / self.eps**2 for up, down in pairs], engine
+        return center, [(plus + minus - 2 * center) / self.eps**2 for plus, minus in pairs], engine
 
     def terms(self, with_steps: bool) -> dict:
         """Return the terms of the formula, and with `with_steps` the losses after real steps."""
@@ -165,13 +165,13 @@ class Measurement:
         for multiple in MULTIPLES:
             rate = multiple * best_rate
             points = [(q, -rate * g / self.eps) for q, g in enumerate(projected)]
-            changes = [after - loss for after in engine.losses_at(points, self.loss)]
+            changes = [new_loss - loss for new_loss in engine.losses_at(points, self.loss)]
             error = stdev(changes) / NUM_STEPS**0.5
             results.append({"multiple": multiple, "mean": fmean(changes), "error": error})
         return results
 
 
-def train(framework, engine: ZerothOrder, examples, steps: range, form: Form) -> None:
+def train_form(framework, engine: ZerothOrder, examples, steps: range, form: Form) -> None:
     """Take normalised zeroth-order steps, with a merge after each round but the last.
 
     The rate falls from that of the form to 0 at the last step that is measured.
@@ -196,7 +196,7 @@ def train(framework, engine: ZerothOrder, examples, steps: range, form: Form) ->
 # ---- the picture ----
 
 
-def plot(path: Path) -> None:
+def plot_terms(path: Path) -> None:
     """Draw research/runs/why.json: each form at its start, along a run, and steps against the formula."""
     from matplotlib import pyplot
 
@@ -232,9 +232,9 @@ def plot_runs(axis, terms: dict[str, dict]) -> None:
         decreases = [terms[f"{name}, {moment}"]["decrease"] for moment in moments.values()]
         if len(decreases) > 1:
             (line,) = axis.plot(list(moments), decreases, "o-", label=name)
-            if merged := terms.get(f"{name}, after its merge"):
-                last = list(moments)[-1]
-                axis.plot(last, merged["decrease"], "x", ms=10, mew=2, color=line.get_color())
+            if terms_after_merge := terms.get(f"{name}, after its merge"):
+                last_step = list(moments)[-1]
+                axis.plot(last_step, terms_after_merge["decrease"], "x", ms=10, mew=2, color=line.get_color())
     axis.set(yscale="log", xlabel="steps", title="Along a run: decrease of the best step (×: after a merge)")
     axis.legend()
 
@@ -257,8 +257,8 @@ def plot_rates(axis, starts: dict[str, dict]) -> None:
     for i, (name, stem) in enumerate(BEST_SETTINGS.items()):
         paths = sorted((OUT / "dev").glob(f"{stem}-400x8-seed*.json"))
         words = json.loads(paths[0].read_text())["command"].split()
-        last = len(words) - 1 - words[::-1].index("--learning_rate")
-        axis.loglog(starts[name]["normalised rate"], float(words[last + 1]), "o", color=f"C{i}", label=name)
+        index = len(words) - 1 - words[::-1].index("--learning_rate")
+        axis.loglog(starts[name]["normalised rate"], float(words[index + 1]), "o", color=f"C{i}", label=name)
     limits = [1e-2, 5e-1]
     axis.plot(limits, [limit / 10 for limit in limits], color="0.5", label="a tenth of it")
     axis.set(
@@ -272,7 +272,7 @@ def plot_rates(axis, starts: dict[str, dict]) -> None:
 # ---- the table ----
 
 
-def print_row(name: str, terms: dict) -> None:
+def print_terms(name: str, terms: dict) -> None:
     """Print a row of the table."""
     a_shares = [f"{100 * terms[k]:.0f}" if k in terms else "-" for k in ("of A", "of A, E g²", "of A, trace")]
     steps = ", ".join(f"{s['mean']:.3f} ± {s['error']:.3f}" for s in terms.get("steps", ()))
@@ -303,10 +303,10 @@ def measure_form(form: Form) -> Iterator[tuple[str, dict]]:
         master=True,
         set_perturbations=lora.set_perturbations,
     )
-    for first, last in pairwise(form.measured_at):
-        train(framework, engine, training_rows, range(first, last), form)
-        at_end = last == form.measured_at[-1]
-        yield f"after {last} steps", Measurement(framework, measured_rows, form.eps).terms(with_steps=at_end)
+    for start, stop in pairwise(form.measured_at):
+        train_form(framework, engine, training_rows, range(start, stop), form)
+        at_end = stop == form.measured_at[-1]
+        yield f"after {stop} steps", Measurement(framework, measured_rows, form.eps).terms(with_steps=at_end)
     if len(form.measured_at) == 2:
         lora.merge_and_reinit()
         yield "after its merge", Measurement(framework, measured_rows, form.eps).terms(with_steps=False)
@@ -325,7 +325,7 @@ def main() -> None:
             name = f"{form_name}, {moment}"
             all_terms[name] = terms
             (OUT / "why.json").write_text(json.dumps(all_terms, indent=1, ensure_ascii=False) + "\n")
-            print_row(name, terms)
+            print_terms(name, terms)
 
 
 if __name__ == "__main__":

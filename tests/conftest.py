@@ -33,7 +33,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze_imported_objects():
-    """Take what the libraries hold out of garbage collection: each run collects twice, 0.4 s a time with them."""
+    """Take the libraries' objects out of garbage collection, which each run does twice, for 0.4 s each."""
     gc.collect()
     gc.freeze()
 
@@ -69,7 +69,7 @@ def family(request):
 
 @pytest.fixture
 def go(model_dir, data_dir, tmp_path, monkeypatch):
-    """go(flags) -> result of `run.py` in an empty folder; raises AssertionError where it does not end with 0."""
+    """go(flags) -> result of `run.py` in an empty folder; AssertionError where it does not end with 0."""
     monkeypatch.chdir(tmp_path)
 
     def main(flags: str, model=model_dir, status: int = 0, result: bool = True) -> dict:

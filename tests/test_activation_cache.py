@@ -17,7 +17,8 @@ from utils import UsageError
 from zo.optimizer import ZerothOrder
 
 CACHED = (
-    "--trainer zo --xgblora --xgblora_layers top:1 --xgblora_steps_per_iteration 4 --max_steps 11 --learning_rate 1e-2 "
+    "--trainer zo --xgblora --xgblora_layers top:1 --xgblora_steps_per_iteration 4 "
+    "--max_steps 11 --learning_rate 1e-2 "
     "--save_steps 2 --save_model --output_dir out --logging_steps 1"
 )
 
@@ -56,7 +57,7 @@ def test_losses_without_the_lower_layers_are_those_of_whole_forwards(family, cop
 
 
 def test_a_cached_row_is_the_same_in_any_pack(family):
-    """Rows that share a tree in their batch, and batches in another order, take the states of their own rows."""
+    """Rows that share a tree in a batch, and batches in another order, get the states of their own rows."""
     model, lora = upper(family)
     layers, first = lora.first_adapted_layer
     cache = activation_cache.ActivationCache(model, layers, first, some_examples(9), plain_rows=False)

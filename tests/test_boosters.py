@@ -276,7 +276,8 @@ def test_copies_see_their_own_perturbation_beside_an_ensemble():
     for i in range(2):
         A, B = module.lora_A.detach().clone(), module.lora_B.detach().clone()
         module.lora_A.data, module.lora_B.data = A + deltas[0][i], B + deltas[1][i]
-        assert torch.allclose(module(x[2 * i : 2 * i + 2]), both[2 * i : 2 * i + 2], atol=1e-4)  # of numbers up to 30
+        rows = slice(2 * i, 2 * i + 2)
+        assert torch.allclose(module(x[rows]), both[rows], atol=1e-4)  # of numbers up to 30
         module.lora_A.data, module.lora_B.data = A, B
 
 

@@ -1,4 +1,4 @@
-"""When rounds end and what is kept of them, in real runs: resume and replay give the same bytes whatever the form."""
+"""When rounds end and what is kept of them, in real runs; resume and replay give the same bytes."""
 
 import json
 import math
@@ -21,7 +21,8 @@ from zo.optimizer import ZerothOrder
 from zo.trajectory import Trajectory
 
 COMMON = (
-    "--xgblora --xgblora_steps_per_iteration 4 --max_steps 11 --save_steps 1 --save_model --output_dir out --seed 3"
+    "--xgblora --xgblora_steps_per_iteration 4 --max_steps 11 --save_steps 1 --save_model "
+    "--output_dir out --seed 3"
 )
 ZO = f"--trainer zo --learning_rate 1e-2 {COMMON}"
 REGULAR = f"--trainer regular --learning_rate 1e-2 {COMMON}"
@@ -33,7 +34,9 @@ FORMS = {
     "random layers": "--xgblora_layers random:1 --zo_normalize --lora_freeze_a",
     "upper layers": "--xgblora_layers top:1 --zo_cache_activations",
     "adaptive": ADAPTIVE,
-    "adaptive, ranks, random": f"{ADAPTIVE} --xgblora_rank_schedule 2,1 --xgblora_layers random:1 --zo_normalize",
+    "adaptive, ranks, random": (
+        f"{ADAPTIVE} --xgblora_rank_schedule 2,1 --xgblora_layers random:1 --zo_normalize"
+    ),
     "momentum": "--zo_optim momentum",
     "adamw": "--zo_optim adamw --lr_scheduler_type linear",
     "best": "--xgblora_best --num_dev 8 --metric loss",
@@ -90,7 +93,8 @@ def entries(trainer, key):
 @pytest.mark.parametrize("kind", ["zo", "regular"])
 def test_the_rank_follows_the_schedule_and_its_last_one_stays(framework, kind):
     made = framework(
-        f"--trainer {kind} --xgblora --xgblora_rank_schedule 1,2,4 --xgblora_steps_per_iteration 2 --max_steps 8"
+        f"--trainer {kind} --xgblora --xgblora_rank_schedule 1,2,4 "
+        "--xgblora_steps_per_iteration 2 --max_steps 8"
     )
     ranks = [{len(b.A) for b in boosters.values()} for boosters in made.lora_module.boosters]
     assert ranks == [{1}, {2}, {4}, {4}] and made.lora_module.boosters[1]
@@ -110,7 +114,9 @@ def test_only_the_layers_of_a_round_are_trained(framework, kind):
 def test_a_change_of_layers_or_rank_begins_the_normaliser_anew(framework, monkeypatch):
     forgotten, restart = [], ZerothOrder.restart
     monkeypatch.setattr(
-        ZerothOrder, "restart", lambda self, forget=False: (forgotten.append(forget), restart(self, forget))[1]
+        ZerothOrder,
+        "restart",
+        lambda self, forget=False: (forgotten.append(forget), restart(self, forget))[1],
     )
     common = "--trainer zo --zo_normalize --xgblora --xgblora_steps_per_iteration 2 --max_steps 6 --overwrite"
     framework(common)
@@ -141,7 +147,8 @@ def test_a_merge_resets_the_state_of_a_zeroth_order_optimizer(framework, optim, 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
 def test_a_schedule_spans_all_rounds(framework, kind):
     common = (
-        f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 --learning_rate 1 --overwrite "
+        f"--trainer {kind} --xgblora --xgblora_steps_per_iteration 4 --max_steps 8 "
+        "--learning_rate 1 --overwrite "
         "--lr_scheduler_type linear"
     )
     rates = [e["learning_rate"] for e in entries(framework(common).trainer, "learning_rate")]
@@ -155,9 +162,15 @@ def test_rounds_end_by_steps_or_where_the_dev_loss_stalls():
     rounds, losses = Rounds(), iter([0.9, 0.9, math.nan, 0.1])
     rounds.set_limits(max_steps=5, patience=2)
     rounds.dev_loss = 1.0
-    assert [rounds.is_over(step, lambda: next(losses)) for step in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [rounds.is_over(step, lambda: next(losses)) for step in (1, 2, 3, 4)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     rounds.end(4, 0.5)
-    assert [rounds.is_over(step, lambda: next(losses)) for step in (5, 6)] == [False, True]  # NaN does not fall
+    # NaN does not fall.
+    assert [rounds.is_over(step, lambda: next(losses)) for step in (5, 6)] == [False, True]
     rounds.set_limits(max_steps=5)
     assert [rounds.is_over(step, None) for step in (8, 9)] == [False, True]
     assert rounds.ended == [(4, 0.5)] and rounds.current_start == 4
@@ -181,7 +194,9 @@ def test_the_state_of_a_checkpoint_has_the_rounds_and_the_log_is_never_read(go):
     file = Path("out/checkpoint-9/trainer_state.json")
     state = json.loads(file.read_text())
     rounds = state["stateful_callbacks"]["rounds"]
-    assert rounds["ended"] == [[e["step"], e["step_length"]] for e in state["log_history"] if "step_length" in e]
+    assert rounds["ended"] == [
+        [e["step"], e["step_length"]] for e in state["log_history"] if "step_length" in e
+    ]
     state["log_history"] = [e for e in state["log_history"] if "step_length" not in e]
     replace_in_checkpoint(file.parent, file.name, json.dumps(state).encode())
     go(flags)
@@ -239,7 +254,10 @@ def test_a_loss_of_nan_is_no_length(framework, dev_loss):
 def test_a_round_whose_dev_loss_stalls_ends_early(framework, dev_loss):
     """Falls until step 4 of the run and stands still from there: looks every 2 steps."""
     dev_loss(lambda trainer: 5.0 - min(trainer.state.global_step, 4) - 0.1 * (scale(trainer) == 1))
-    flags = ADAPT.replace("--xgblora_steps_per_iteration 4", "--xgblora_steps_per_iteration 20") + " --max_steps 9"
+    flags = (
+        ADAPT.replace("--xgblora_steps_per_iteration 4", "--xgblora_steps_per_iteration 20")
+        + " --max_steps 9"
+    )
     made = framework(f"{flags} --xgblora_patience 2", rows=28, dev=4)
     assert [e["step"] for e in entries(made.trainer, "step_length")] == [6, 8, 9]
 
@@ -260,12 +278,16 @@ def test_the_dev_loss_is_the_training_loss_on_the_dev_rows(framework):
 def test_layers_that_few_rounds_drew_have_the_rank_of_the_export(go):
     flags = "--trainer zo --xgblora --xgblora_layers random:1 --xgblora_steps_per_iteration 1 --max_steps 4"
     result = go(f"{flags} --learning_rate 5e-2 --export_rank 4 --output_dir out")
-    exported = go("--trainer none --num_train 0 --adapter out/rank4")  # whole: no layer has more than four boosters
+    # The export lacks nothing: no layer has more than four boosters.
+    exported = go("--trainer none --num_train 0 --adapter out/rank4")
     assert exported["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_a_round_begins_with_an_a_of_its_own_where_a_live_booster_is_merged_first(go):
-    flags = "--trainer zo --xgblora --lora_freeze_a --xgblora_steps_per_iteration 2 --learning_rate 5e-2 --save_steps 1"
+    flags = (
+        "--trainer zo --xgblora --lora_freeze_a --xgblora_steps_per_iteration 2 "
+        "--learning_rate 5e-2 --save_steps 1"
+    )
     go(f"{flags} --max_steps 5 --output_dir out")
     go(f"{flags} --max_steps 1 --adapter out/checkpoint-5 --boosters 3 --output_dir more")
     chain = load_file("more/checkpoint-1/boosters.safetensors")
@@ -302,9 +324,13 @@ def test_a_compressed_chain_is_an_adapter_of_its_rank(go):
     result = go(f"{ZO} --export_rank 3 --learning_rate 5e-2")
     config = json.loads(Path("out/rank3/adapter_config.json").read_text())
     assert config["r"] == 3
-    assert go("--trainer none --num_train 0 --adapter out/rank3")["loss"] == pytest.approx(result["loss"], abs=1e-4)
+    assert go("--trainer none --num_train 0 --adapter out/rank3")["loss"] == pytest.approx(
+        result["loss"], abs=1e-4
+    )
     go("--trainer none --num_train 0 --adapter out --export_rank 1 --output_dir small")
-    assert go("--trainer none --num_train 0 --adapter small/rank1")["loss"] != pytest.approx(result["loss"], abs=1e-6)
+    assert go("--trainer none --num_train 0 --adapter small/rank1")["loss"] != pytest.approx(
+        result["loss"], abs=1e-6
+    )
 
 
 def test_training_goes_on_from_a_chain(go):
@@ -348,18 +374,33 @@ def test_what_belongs_to_boosting_needs_it(go, capsys):
 def test_a_recipe_sets_what_no_flag_has_set(go):
     args = parse(["--trainer", "zo", "--recipe", "fast"])
     assert (args.xgblora, args.lora_freeze_a, args.zo_normalize, args.zo_cache_activations) == (True,) * 4
-    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == ("top:half", 25, 1e-2)
-    flags = "--trainer zo --recipe fast --zo_normalize False --xgblora_layers all"  # what they would be without it
+    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.learning_rate) == (
+        "top:half",
+        25,
+        1e-2,
+    )
+    # The values are those that the flags would have without the recipe.
+    flags = "--trainer zo --recipe fast --zo_normalize False --xgblora_layers all"
     args = parse(flags.split())
     assert (args.zo_normalize, args.xgblora_layers, args.lora_freeze_a) == (False, "all", True)
     flags = "--trainer zo --recipe fast --xgblora_steps_per_iteration 9 --xgblora_layers random:1"
     args = parse(flags.split())
-    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == ("random:1", 9, False)
+    assert (args.xgblora_layers, args.xgblora_steps_per_iteration, args.zo_cache_activations) == (
+        "random:1",
+        9,
+        False,
+    )
     result = go("--trainer zo --recipe fast --max_steps 30 --save_model --output_dir out")["sets"][0]
     names = peft_files.read_lora_config("out")["target_modules"]
     assert result["boosters"] == 2 and all(".1." in name for name in names)  # the upper of two layers
     args = parse(["--trainer", "zo", "--recipe", "atoms"])
-    assert (args.mode, args.lora_r, args.lora_alpha, args.learning_rate, args.zo_eps) == ("lora", 8, 1024, 5e-4, 2e-3)
+    assert (args.mode, args.lora_r, args.lora_alpha, args.learning_rate, args.zo_eps) == (
+        "lora",
+        8,
+        1024,
+        5e-4,
+        2e-3,
+    )
     assert parse(["--trainer", "zo", "--recipe", "atoms", "--learning_rate", "1e-3"]).learning_rate == 1e-3
     assert go("--trainer zo --recipe atoms --max_steps 2")["forward_passes"] == 4
     go("--trainer zo --recipe atoms --xgblora", status=2)

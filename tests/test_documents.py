@@ -49,9 +49,13 @@ def code_of(path: Path) -> list[str]:
 @functools.cache
 def source() -> str:
     """Return the text of all Python files and scripts, which holds every name of the code."""
-    paths = [p for p in ROOT.rglob("*.py") if not {".venv", "starter", "result"} & set(p.relative_to(ROOT).parts)]
+    paths = [
+        p for p in ROOT.rglob("*.py") if not {".venv", "starter", "result"} & set(p.relative_to(ROOT).parts)
+    ]
     paths = [p for p in paths if p != Path(__file__)]
-    return "\n".join(text_of(p) for p in [*paths, *ROOT.glob("*.sh"), ROOT / "Makefile", ROOT / "pyproject.toml"])
+    return "\n".join(
+        text_of(p) for p in [*paths, *ROOT.glob("*.sh"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    )
 
 
 @functools.cache
@@ -76,14 +80,18 @@ def test_links_and_images_point_to_files(path):
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", text_of(file), re.M)
-            slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            slugs = {
+                re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            }
             assert anchor in slugs, target
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_commands_start_files_that_exist(path):
     code = "\n".join(code_of(path))
-    for name in re.findall(r"(?:python|bash|torchrun)(?: -[a-z])?(?: --\S+ \S+)* ([\w/]+\.(?:py|sh))\b", code):
+    for name in re.findall(
+        r"(?:python|bash|torchrun)(?: -[a-z])?(?: --\S+ \S+)* ([\w/]+\.(?:py|sh))\b", code
+    ):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"python3? -m ([\w.]+)", code):
         assert name in ("venv", "pytest") or (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
@@ -121,7 +129,7 @@ def test_flags_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_names_of_the_code_exist(path):
-    """Of words in backticks that look like names: with an underscore, in CamelCase, in capitals, or called."""
+    """Words in backticks that look like names have an underscore, CamelCase or capitals, or are called."""
     if path == CHANGELOG or path.parent.name == "data":
         return
     text = re.sub(r"^```.*?^```", "", text_of(path), flags=re.S | re.M)
@@ -129,7 +137,9 @@ def test_names_of_the_code_exist(path):
     for code in re.findall(r"`([^`\n]+)`", text):
         if re.search(r"[\s/<>{}=…$-]", code.replace("(…)", "")):
             continue  # commands, paths, formulas
-        for name in re.findall(r"\b(?:[A-Za-z]\w*_\w+\b(?!\.py)|[A-Z][a-z]+[A-Z]\w*|[A-Z]{5,}\b|\w+(?=\())", code):
+        for name in re.findall(
+            r"\b(?:[A-Za-z]\w*_\w+\b(?!\.py)|[A-Z][a-z]+[A-Z]\w*|[A-Z]{5,}\b|\w+(?=\())", code
+        ):
             assert name in words or name in FOREIGN_NAMES, name
 
 
@@ -143,5 +153,7 @@ def test_the_tree_of_the_readme_is_the_top_level():
 
 def test_the_engine_of_the_readme_is_that_of_its_package():
     python = r"```python\n(.*?)```"
-    engine = next(block for block in re.findall(python, text_of(ROOT / "README.md"), re.S) if "ZerothOrder" in block)
+    engine = next(
+        block for block in re.findall(python, text_of(ROOT / "README.md"), re.S) if "ZerothOrder" in block
+    )
     assert engine in re.findall(python, text_of(ROOT / "zo" / "README.md"), re.S)

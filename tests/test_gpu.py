@@ -24,5 +24,7 @@ def test_on_a_gpu(name):
     environment = {**os.environ, "TESTS_ON_GPU": "1"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     where = Path(__file__).parent / name
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", where], capture_output=True, text=True, env=environment)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", where], capture_output=True, text=True, env=environment
+    )
     assert ran.returncode == 0, ran.stdout[-3000:]

@@ -103,7 +103,8 @@ def test_linear_probing_from_the_command_line(go):
     for flags in ("--linear_probing", "--linear_probing --trainer regular --lp_early_stopping --num_dev 8"):
         result = go(flags.replace("--num_dev", "--output_dir out --num_dev"))
         assert result["args"]["trainer"] in ("none", "regular") and result["forward_passes"] == 0
-        assert result["accuracy"] >= 0.75  # the validation sentences are the training sentences without a number
+        # The validation sentences are the training sentences without a number.
+        assert result["accuracy"] >= 0.75
         assert ("dev_accuracy" in result) == ("num_dev" in flags)
 
 
@@ -119,7 +120,9 @@ def test_objectives():
 
 
 def test_steps_raise_the_accuracy_or_a_function_of_ones_own(go, tmp_path):
-    run = "--trainer zo --lora --max_steps 4 --logging_steps 2 --output_dir {} --train_as_classification False"
+    run = (
+        "--trainer zo --lora --max_steps 4 --logging_steps 2 --output_dir {} --train_as_classification False"
+    )
     go(f"{run.format('a')} --objective accuracy --zo_eps 1")
     history = json.loads(Path("a", "checkpoint-4", "trainer_state.json").read_text())["log_history"]
     shares = [entry["zero_gradient_share"] for entry in history if "loss" in entry]
@@ -165,7 +168,8 @@ def big_enough(tmp_path_factory):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
+            pad_token_id=258,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
@@ -210,14 +214,20 @@ def test_losses_and_gradients_on_a_quantised_base(big_enough, bits):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for a, b in zip(*(lora.lora_modules for lora in loras), strict=True):
-        assert torch.nn.functional.cosine_similarity(a.lora_A.grad.flatten(), b.lora_A.grad.flatten(), dim=0) > 0.999
+        assert (
+            torch.nn.functional.cosine_similarity(a.lora_A.grad.flatten(), b.lora_A.grad.flatten(), dim=0)
+            > 0.999
+        )
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("flags", ["--load_int8", "--load_int4"])
 def test_adapters_train_on_a_quantised_base(go, big_enough, flags):
     common = f"{flags} --max_steps 4 --output_dir {{}} --save_model"
-    boost = f"--trainer zo --xgblora --xgblora_ensemble --xgblora_steps_per_iteration 2 {common.format('boosted')}"
+    boost = (
+        "--trainer zo --xgblora --xgblora_ensemble "
+        f"--xgblora_steps_per_iteration 2 {common.format('boosted')}"
+    )
     result = go(f"{boost} --learning_rate 1e-2", model=big_enough)
     assert result["sets"][0]["boosters"] == 2
     loaded = go(f"{flags} --adapter boosted --xgblora_ensemble --num_train 0", model=big_enough)

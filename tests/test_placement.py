@@ -1,7 +1,7 @@
 """A model that is spread over devices, host and disk gives what it gives on one device.
 
-Without a GPU the host computes and only the disk is another place; `cpu_offload` makes weights that lie on the host be
-brought at each call, as beside a GPU.
+Without a GPU the host computes and only the disk is another place; `cpu_offload` makes weights that lie on
+the host be brought at each call, as beside a GPU.
 """
 
 import json
@@ -26,7 +26,14 @@ from scoring.generate import generate
 from utils import UsageError
 from zo.optimizer import ZerothOrder
 
-PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+PARTS = (
+    "model.embed_tokens",
+    "model.layers.0",
+    "model.layers.1",
+    "model.norm",
+    "model.rotary_emb",
+    "lm_head",
+)
 PLACES = {  # of these parts
     "host and disk": ["disk", "cpu", "disk", "cpu", "cpu", "cpu"],
     "disk": ["disk"] * 6,
@@ -59,7 +66,9 @@ def test_scores_do_not_depend_on_the_place_of_the_layers(go, placed, shots):
     assert torch.equal(scores(go, f"{shots} {placed}"), scores(go, shots))
 
 
-@pytest.mark.parametrize("mode", ["--lora", "--lora --xgblora_layers top:1 --zo_cache_activations --zo_batched on"])
+@pytest.mark.parametrize(
+    "mode", ["--lora", "--lora --xgblora_layers top:1 --zo_cache_activations --zo_batched on"]
+)
 def test_a_run_with_adapters_is_the_same_run(go, placed, mode):
     def trained(flags, out):
         go(f"{ZO} {mode} {flags}".replace("--output_dir out", f"--output_dir {out}"))
@@ -73,7 +82,8 @@ def test_an_ensemble_of_boosters_is_the_same_and_goes_on_there(go, on_disk):
     there = scores(go, f"{offloaded_run} {on_disk}")
     assert torch.equal(there, scores(go, plain_run))
     assert adapter_bytes("a") == adapter_bytes("b")
-    for last, place in ((8, on_disk), (9, "")):  # goes on there, and at another place: it is no part of the run
+    # The run goes on there, and at another place: the place is no part of the run.
+    for last, place in ((8, on_disk), (9, "")):
         go(f"{offloaded_run} {place} --max_steps {last}")
     go(f"{plain_run} --max_steps 9")
     assert adapter_bytes("a") == adapter_bytes("b")
@@ -113,7 +123,9 @@ def test_every_family_scores_generates_and_steps_offloaded(family):
         answers = generate(model, tokenizer, prompts, max_new_tokens=4)
         batch = packing.pack(examples, plain)
         zo = ZerothOrder(lora.parameters(), lr=1e-2, eps=1e-2, master=True)
-        losses = [zo.step(lambda model=model, batch=batch: logprobs.loss(model, batch, True)) for _ in range(3)]
+        losses = [
+            zo.step(lambda model=model, batch=batch: logprobs.loss(model, batch, True)) for _ in range(3)
+        ]
         outcomes.append((plain, answers, losses, logprobs.score(model, examples, plain_rows=plain)))
         lora.remove()
         assert [name for name, _ in model.named_parameters()] == names
@@ -143,7 +155,9 @@ def test_a_map_of_one_place(go, tmp_path):
     scored = [scores(go, "--trainer zo --lora --max_steps 2 --zo_check --overwrite")]
     for place in ("cpu", "disk"):
         (tmp_path / "one.json").write_text(json.dumps({"": place}))
-        scored.append(scores(go, f"--trainer zo --lora --max_steps 2 --overwrite --device_map {tmp_path / 'one.json'}"))
+        scored.append(
+            scores(go, f"--trainer zo --lora --max_steps 2 --overwrite --device_map {tmp_path / 'one.json'}")
+        )
     assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
 
 
@@ -168,7 +182,9 @@ def test_offloaded_weights_take_no_merge(family):
 
 
 def test_where_ids_go():
-    assert utils.input_device(tiny_model("opt")) == utils.input_device(offloaded("opt")) == torch.device("cpu")
+    assert (
+        utils.input_device(tiny_model("opt")) == utils.input_device(offloaded("opt")) == torch.device("cpu")
+    )
     model = cpu_offload(tiny_model("opt"), execution_device=torch.device("meta"))
     assert utils.input_device(model) == torch.device("meta")
 

@@ -28,7 +28,10 @@ FLAGS = {
     "--prefix_tuning": ("--prefix_tuning", "--trainer"),
     "--trainer zo --lora --prefix_tuning": ("--lora", "--prefix_tuning"),
     "--trainer zo --prefix_tuning --num_prefix 0": ("--num_prefix",),
-    "--trainer regular --prefix_tuning --gradient_checkpointing": ("--prefix_tuning", "--gradient_checkpointing"),
+    "--trainer regular --prefix_tuning --gradient_checkpointing": (
+        "--prefix_tuning",
+        "--gradient_checkpointing",
+    ),
     "--trainer zo --prefix_tuning --zo_normalize": ("--zo_normalize", "--learning_rate"),
     "--trainer zo --prefix_tuning --save_merged": ("--prefix_tuning", "--save_merged"),
     "--trainer zo --prefix_tuning --lora_freeze_a": ("--lora_freeze_a", "--lora"),
@@ -55,12 +58,17 @@ FLAGS = {
     "--trainer zo --lora --lora_targets q_proj,v_porj --max_steps 1": ("--lora_targets", "v_porj"),
     "--num_train 100000": ("--num_train 100000", "32"),
     "--num_train 2 --train_set_seed 4294967295 --num_train_sets 2": ("--train_set_seed", "2**32"),
-    "--trainer zo --num_train 9 --per_device_train_batch_size 16 --dataloader_drop_last": ("--dataloader_drop_last",),
+    "--trainer zo --num_train 9 --per_device_train_batch_size 16 --dataloader_drop_last": (
+        "--dataloader_drop_last",
+    ),
     "--trainer zo --report_to comet_ml": ("--report_to comet_ml",),
     "--trainer zo --lora --zo_optim adamw --adam_beta1 0.1": ("--adam_beta1", "--trainer regular"),
     "--trainer regular --adam_beta1 2 --max_steps 1": ("--optim", "beta"),
     "--trainer regular --optim galore_adamw --max_steps 1": ("--optim", "galore_adamw", "adamw_torch"),
-    '--trainer zo --max_steps 1 --lr_scheduler_type linear --lr_scheduler_kwargs {"bad":1}': ("linear", "bad"),
+    '--trainer zo --max_steps 1 --lr_scheduler_type linear --lr_scheduler_kwargs {"bad":1}': (
+        "linear",
+        "bad",
+    ),
     "--trainer zo --zo_method README:Name": ("README:Name", "mezo"),
     "--save_merged --output_dir /proc/no": ("--output_dir", "can't be written"),
     "--trainer zo --lora --replay x.safetensors --staged 1": ("--replay", "--staged"),
@@ -143,11 +151,20 @@ FLAGS = {
     "--trainer regular --zo_queries 4": ("--zo_queries", "--trainer zo"),
     "--save_model": ("--save_model", "--trainer"),
     "--recipe fast": ("--recipe", "--trainer zo"),
-    "--trainer zo --recipe fast --xgblora_layers all --zo_cache_activations": ("--zo_cache_activations", "top:N"),
-    "--trainer zo --recipe fast --objective accuracy --zo_cache_activations": ("--objective", "--zo_cache_activations"),
+    "--trainer zo --recipe fast --xgblora_layers all --zo_cache_activations": (
+        "--zo_cache_activations",
+        "top:N",
+    ),
+    "--trainer zo --recipe fast --objective accuracy --zo_cache_activations": (
+        "--objective",
+        "--zo_cache_activations",
+    ),
     "--trainer zo --objective accuracy --zo_check": ("--objective", "--zo_check"),
     "--trainer zo --lora --zo_method fzoo": ("fzoo", "--zo_queries 2"),
-    "--trainer zo --lora --lora_targets q_proj,lm_head --xgblora_layers top:1 --max_steps 1": ("lm_head", "numbered"),
+    "--trainer zo --lora --lora_targets q_proj,lm_head --xgblora_layers top:1 --max_steps 1": (
+        "lm_head",
+        "numbered",
+    ),
 }
 
 
@@ -218,7 +235,9 @@ def test_models_that_are_none(refused, tmp_path):
     refused(f"--model_name {cut}", "cut.gguf")
     bert = tmp_path / "bert"
     bert.mkdir()
-    (bert / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    (bert / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+    )
     refused(f"--model_name {bert}", "BertForMaskedLM", "not a causal language model")
 
 
@@ -237,12 +256,16 @@ def test_a_model_without_attention_projections_names_what_it_has(refused, tmp_pa
     sizes = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    refused(f"--model_name {tmp_path / 'm'} --trainer zo --lora --max_steps 1", "no layer to adapt", "in_proj")
+    refused(
+        f"--model_name {tmp_path / 'm'} --trainer zo --lora --max_steps 1", "no layer to adapt", "in_proj"
+    )
 
 
 def test_an_output_directory_that_is_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(f"--trainer zo --lora --max_steps 1 --output_dir {tmp_path / 'file'}", "--output_dir", "not writable")
+    refused(
+        f"--trainer zo --lora --max_steps 1 --output_dir {tmp_path / 'file'}", "--output_dir", "not writable"
+    )
 
 
 def test_a_directory_that_another_process_trains_in(refused, tmp_path):
@@ -385,7 +408,15 @@ def test_own_tasks(name, tmp_path, model_dir, capsys):
     changed, flags, words = OWN[name]
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({**OWN_ROW, **changed}) + "\n")
-    argv = ["--model_name", str(model_dir), "--task_name", "own", "--data_dir", str(tmp_path), *shlex.split(flags)]
+    argv = [
+        "--model_name",
+        str(model_dir),
+        "--task_name",
+        "own",
+        "--data_dir",
+        str(tmp_path),
+        *shlex.split(flags),
+    ]
     assert run.main(argv) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("run.py: error: ") and words in line

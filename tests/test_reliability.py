@@ -1,4 +1,4 @@
-"""Kill it, starve it: a run goes on with the bytes of one that nothing happened to, and no file that it reads runs."""
+"""Kill or starve a run: it goes on with the bytes of an undisturbed run, and runs no file that it reads."""
 
 import io
 import json
@@ -30,7 +30,7 @@ BEST = f"{LONG} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_mod
 
 @pytest.fixture
 def calm(go):
-    """calm(flags) -> (adapter, logged evaluations, result) of an undisturbed run in `out`, which is removed again."""
+    """calm(flags) -> (adapter, logged evaluations, result) of an undisturbed run; `out` is removed."""
 
     def once(flags: str):
         result = go(flags)
@@ -213,7 +213,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(go, calm, nam
     DAMAGES[name](Path("out/checkpoint-10"))
     caplog.set_level("INFO")
     go(LONG)
-    assert "skipping checkpoint out/checkpoint-10" in caplog.text and "going on from out/checkpoint-8" in caplog.text
+    assert (
+        "skipping checkpoint out/checkpoint-10" in caplog.text
+        and "going on from out/checkpoint-8" in caplog.text
+    )
     assert adapter_bytes() == expected
 
 
@@ -227,7 +230,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(go, capsys):
     for flags in (BOOST, f"{BOOST} --max_steps 12 --lora_alpha 3"):
         go(flags, status=2)
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "checkpoint-6 was written by an earlier version" in line and "--overwrite starts afresh" in line
+        assert (
+            "checkpoint-6 was written by an earlier version" in line and "--overwrite starts afresh" in line
+        )
     go(f"{BOOST} --overwrite")
 
 
@@ -276,7 +281,9 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(calm, model_dir, data_dir):
     assert adapter_bytes() == expected
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(go, calm, model_dir, data_dir):
+def test_a_disk_that_stays_full_ends_the_run_with_1_and_the_old_checkpoint_whole(
+    go, calm, model_dir, data_dir
+):
     expected = calm(LONG)[0]
     done = starved(LONG, model_dir, data_dir, {5: 100})
     assert done.status == 1 and "Traceback" not in done.err
@@ -352,7 +359,10 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_weights_of_the_last_one(go,
 
 def test_other_batches_of_the_same_sum_go_on(go):
     go(BOOST)
-    go(f"{BOOST} --max_steps 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --logging_steps 1")
+    go(
+        f"{BOOST} --max_steps 8 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 2 --logging_steps 1"
+    )
     assert checkpoints.list_checkpoints("out")[-1].name == "checkpoint-8"
 
 
@@ -433,7 +443,9 @@ def test_code_that_comes_with_a_model_runs_by_flag_only(go, tmp_path, capsys, mo
     tiny_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own-llama", "auto_map": classes}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "own-llama", "auto_map": classes})
+    )
     (folder / "own.py").write_text(CODE)
     go("--trainer none --num_train 0", model=folder, status=2)
     assert "trust_remote_code" in capsys.readouterr().err.splitlines()[-1] and not Path("ran").exists()
@@ -457,11 +469,18 @@ def test_what_a_run_writes_is_tensors_and_text(go):
             )
 
 
-def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go, tmp_path, data_dir, model_dir):
+def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(
+    go, tmp_path, data_dir, model_dir
+):
     """The tree of the program, the model, the data and the working directory stay as they are."""
-    places = [p for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".md")] + [Path(data_dir), Path(model_dir)]
+    places = [p for p in ROOT.iterdir() if p.suffix in (".py", ".sh", ".md")] + [
+        Path(data_dir),
+        Path(model_dir),
+    ]
     snapshot = lambda: {  # noqa: E731
-        p: p.stat().st_mtime_ns for place in places for p in ([place] if place.is_file() else place.rglob("*"))
+        p: p.stat().st_mtime_ns
+        for place in places
+        for p in ([place] if place.is_file() else place.rglob("*"))
     }
     before = snapshot()
     go(f"{BOOST} --predictions rows.jsonl --save_merged")
@@ -475,10 +494,15 @@ def test_nothing_is_written_outside_the_output_the_result_and_the_predictions(go
 def test_one_thread_and_two_agree_to_rounding(model_dir, data_dir, tmp_path):
     losses = []
     for threads in (1, 2, 2):
-        argv = f"--model_name {model_dir} --data_dir {data_dir} {BOOST} --num_train 16 --result_file r.json --overwrite"
+        argv = (
+            f"--model_name {model_dir} --data_dir {data_dir} {BOOST} --num_train 16 "
+            "--result_file r.json --overwrite"
+        )
         argv += " --train_as_classification --disable_tqdm True"
         assert processes.call(processes.train, argv.split(), folder=tmp_path, threads=threads).status == 0
-        losses.append((json.loads((tmp_path / "r.json").read_text())["loss"], adapter_bytes(tmp_path / "out")))
+        losses.append(
+            (json.loads((tmp_path / "r.json").read_text())["loss"], adapter_bytes(tmp_path / "out"))
+        )
     assert losses[1] == losses[2] and losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
 
 
@@ -487,7 +511,10 @@ def test_one_thread_and_two_agree_to_rounding(model_dir, data_dir, tmp_path):
 
 def test_three_kills_change_no_byte(model_dir, data_dir, tmp_path):
     """Of a boosted run; tests/stress/test_processes.py has the other modes."""
-    argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
+    argv = (
+        f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 "
+        "--max_steps 40 --save_steps 3"
+    )
     argv += " --eval_strategy steps --eval_steps 6 --train_as_classification --save_model --disable_tqdm True"
     done = processes.call(processes.kill_three_times, "xgblora", argv.split(), folder=tmp_path)
     assert done.status == 0 and "'same': True" in done.out.splitlines()[-1], done.out + done.err[-1500:]

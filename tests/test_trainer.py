@@ -1,4 +1,4 @@
-"""The Trainer's step against a ten-line loop, merges at their moments, the regular trainer's optimizer at a merge."""
+"""The Trainer's step against a ten-line loop, the steps of merges, the regular optimizer at a merge."""
 
 import logging
 import math
@@ -20,12 +20,20 @@ def fresh_model(model_dir):
 @pytest.mark.parametrize("mode", ["lora", "xgblora", "ft"])
 @torch.no_grad()
 def test_20_steps_equal_a_plain_loop(framework, model_dir, mode):
-    flags = {"lora": "--lora --lora_r 4", "xgblora": "--xgblora --xgblora_steps_per_iteration 8", "ft": ""}[mode]
+    flags = {"lora": "--lora --lora_r 4", "xgblora": "--xgblora --xgblora_steps_per_iteration 8", "ft": ""}[
+        mode
+    ]
     lr, eps = (1e-3, 1e-2) if mode == "ft" else (2e-2, 1e-2)
-    made = framework(f"--trainer zo {flags} --max_steps 20 --learning_rate {lr} --zo_eps {eps} --save_strategy no")
+    made = framework(
+        f"--trainer zo {flags} --max_steps 20 --learning_rate {lr} --zo_eps {eps} --save_strategy no"
+    )
 
     model = fresh_model(model_dir)
-    lora = LoRA(model, 1 if mode == "xgblora" else 4, 16, xgblora=mode == "xgblora", seed=7) if mode != "ft" else None
+    lora = (
+        LoRA(model, 1 if mode == "xgblora" else 4, 16, xgblora=mode == "xgblora", seed=7)
+        if mode != "ft"
+        else None
+    )
     params = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in params]
     assert len(made.seen) == 20
@@ -42,7 +50,10 @@ def test_20_steps_equal_a_plain_loop(framework, model_dir, mode):
         if mode == "xgblora" and (step + 1) % 8 == 0:
             weights = [m.weight + m.scaling * m.lora_B @ m.lora_A for m in lora.lora_modules]
             lora.merge_and_reinit()
-            assert all(torch.allclose(m.weight, w, atol=1e-6) for m, w in zip(lora.lora_modules, weights, strict=True))
+            assert all(
+                torch.allclose(m.weight, w, atol=1e-6)
+                for m, w in zip(lora.lora_modules, weights, strict=True)
+            )
     if lora and mode == "xgblora":
         lora.merge_and_reinit()  # the last partial round
     moved = 0.0
@@ -77,7 +88,8 @@ def test_defaults_with_b_alone_give_the_same_run_at_any_alpha(framework, normali
     deltas = []
     for alpha in (16, 2):
         flags = (
-            f"--trainer zo --lora --lora_r 1 --lora_freeze_a {normalize} --max_steps 4 --lora_alpha {alpha} --overwrite"
+            f"--trainer zo --lora --lora_r 1 --lora_freeze_a {normalize} --max_steps 4 "
+            f"--lora_alpha {alpha} --overwrite"
         )
         modules = framework(flags).lora_module.lora_modules
         deltas.append(torch.cat([(m.scaling * m.lora_B @ m.lora_A).flatten() for m in modules]).detach())
@@ -85,7 +97,9 @@ def test_defaults_with_b_alone_give_the_same_run_at_any_alpha(framework, normali
 
 
 @pytest.mark.parametrize("kind", ["zo", "regular"])
-def test_step_merges_come_before_the_evaluation_and_checkpoint_of_their_step(framework, kind, monkeypatch, caplog):
+def test_step_merges_come_before_the_evaluation_and_checkpoint_of_their_step(
+    framework, kind, monkeypatch, caplog
+):
     events = []
     for cls, name in ((LoRA, "merge_and_reinit"), (OurTrainer, "evaluate"), (OurTrainer, "_save_checkpoint")):
         original = getattr(cls, name)
@@ -105,17 +119,22 @@ def test_step_merges_come_before_the_evaluation_and_checkpoint_of_their_step(fra
     one = ["merge_and_reinit", "evaluate", "_save_checkpoint"]
     # the partial round is merged after the last step's checkpoint, which keeps it live
     assert events == [*one, *one, "evaluate", "_save_checkpoint", "merge_and_reinit"]
-    assert [f"XGBLoRA: merged booster {i} at step {s}" in caplog.text for i, s in ((1, 4), (2, 8), (3, 10))] == [
-        True
-    ] * 3
+    assert [
+        f"XGBLoRA: merged booster {i} at step {s}" in caplog.text for i, s in ((1, 4), (2, 8), (3, 10))
+    ] == [True] * 3
     assert len(made.lora_module.boosters) == 3
 
 
 @pytest.mark.parametrize("frequency", [1, 2])
 def test_epoch_merges_happen_at_the_last_step_of_an_epoch(framework, frequency):
-    made = framework(f"--trainer zo --xgblora --xgblora_merge_frequency {frequency} --num_train_epochs 4", rows=20)
-    merged = [(e["merged_booster"], e["step"]) for e in made.trainer.state.log_history if "merged_booster" in e]
-    assert merged == [(i, 3 * frequency * i) for i in range(1, 4 // frequency + 1)]  # 3 steps an epoch: 8 + 8 + 4 rows
+    made = framework(
+        f"--trainer zo --xgblora --xgblora_merge_frequency {frequency} --num_train_epochs 4", rows=20
+    )
+    merged = [
+        (e["merged_booster"], e["step"]) for e in made.trainer.state.log_history if "merged_booster" in e
+    ]
+    steps_per_round = 3 * frequency  # 3 steps an epoch: 8 + 8 + 4 rows
+    assert merged == [(i, steps_per_round * i) for i in range(1, 4 // frequency + 1)]
 
 
 def test_steps_take_precedence_over_epochs(framework):
@@ -152,7 +171,9 @@ def test_gradient_accumulation_equals_the_big_batch(framework, trainer, loss):
     """13 rows: the last step has one micro-batch of four, and one of one."""
     flags = f"--trainer {trainer} --lora --max_steps 3 --max_grad_norm 0 {loss}"
     big = framework(f"{flags} --per_device_train_batch_size 8", rows=13)
-    small = framework(f"{flags} --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --overwrite", rows=13)
+    small = framework(
+        f"{flags} --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --overwrite", rows=13
+    )
     for a, b in zip(big.lora_module.lora_modules, small.lora_module.lora_modules, strict=True):
         assert a.lora_B.any() and torch.allclose(a.lora_B, b.lora_B, atol=1e-5)
     logs = [[e["loss"] for e in f.trainer.state.log_history if "loss" in e] for f in (big, small)]

@@ -5,10 +5,10 @@
     # one mode on the starter's model
     python tests/stress/crash.py --model_name MODEL --data_dir starter --task_name Reviews --modes xgblora
 
-60 steps that save every 5, merge every 15 and evaluate every 10. SIGKILL comes at a random moment, or inside a
-checkpoint write, a merge or an evaluation, drawn by seed; then the same command runs again. Compared are the bytes of
-the adapter (of the model) and the result file but for times and memory. Attempts are forks of this process, which saves
-their imports.
+60 steps that save every 5, merge every 15 and evaluate every 10. SIGKILL comes at a random moment, or inside
+a checkpoint write, a merge or an evaluation, drawn by seed; then the same command runs again. Compared are
+the bytes of the adapter (of the model) and the result file but for times and memory. Attempts are forks of
+this process, which saves their imports.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def small_opt(tokenizer: str, path: Path) -> Path:
 
 
 def die_at(owner, name: str, nth: int) -> None:
-    """SIGKILL this process in the n-th call of a function: its work is done, and its caller does not know yet."""
+    """SIGKILL this process in the n-th call of a function, after its work, before its caller knows."""
     original, calls = getattr(owner, name), [0]
 
     def wrapped(*args, **kwargs):
@@ -135,7 +135,11 @@ def torture(argv: list[str], folder: Path, kills: int, seed: int) -> dict:
     while sum(counts.values()) < kills:
         kind = rng.choice(["moment", "moment", *INSIDE])
         # most runs are killed again before they get far: else the first few kills would see the whole of it
-        at = rng.uniform(0, duration * 0.7) if kind == "moment" else rng.randint(1, max(1, INSIDE[kind][2] // 3))
+        at = (
+            rng.uniform(0, duration * 0.7)
+            if kind == "moment"
+            else rng.randint(1, max(1, INSIDE[kind][2] // 3))
+        )
         status = attempt(argv, folder / "killed", (kind, at))
         if status == -signal.SIGKILL:
             counts[kind] += 1
@@ -161,16 +165,23 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork may not use threads that its parent has started
     failed = 0
-    print(f"{'mode':20} {'moment':>7} {'checkpoint write':>17} {'merge':>6} {'evaluation':>11}  seconds  same bytes")
+    print(
+        f"{'mode':20} {'moment':>7} {'checkpoint write':>17} {'merge':>6} {'evaluation':>11}"
+        "  seconds  same bytes"
+    )
     for mode in args.modes:
         with tempfile.TemporaryDirectory() as folder:
             model = args.model_name or str(small_opt(args.tokenizer, Path(folder) / "model"))
-            argv = ["--model_name", str(Path(model).resolve()), "--data_dir", str(Path(args.data_dir).resolve())]
+            data_dir = str(Path(args.data_dir).resolve())
+            argv = ["--model_name", str(Path(model).resolve()), "--data_dir", data_dir]
             flags = (
-                f"--task_name {args.task_name} --num_train 64 --num_dev 16 --num_eval 32 --max_steps 60 {MODES[mode]}"
+                f"--task_name {args.task_name} --num_train 64 --num_dev 16 --num_eval 32 "
+                f"--max_steps 60 {MODES[mode]}"
             )
             flags += " --save_steps 5 --save_total_limit 3 --eval_strategy steps --eval_steps 10 --save_model"
-            argv += f"{flags} --train_as_classification --per_device_train_batch_size 4 --disable_tqdm True".split()
+            argv += (
+                f"{flags} --train_as_classification --per_device_train_batch_size 4 --disable_tqdm True"
+            ).split()
             start = time.monotonic()
             outcome = torture(argv, Path(folder), args.kills, args.seed)
             seconds = time.monotonic() - start

@@ -1,11 +1,12 @@
-"""Record what runs leave behind, so that a change which should change nothing can show that it changed no byte.
+"""Record what runs leave behind, so that a change without an effect can show that it changed no byte.
 
-    python tests/stress/fingerprints.py record before.json --data_dir DIR --tokenizer DIR [--root OTHER_CHECKOUT]
+    python tests/stress/fingerprints.py record before.json --data_dir DIR --tokenizer DIR [--root CHECKOUT]
     python tests/stress/fingerprints.py compare before.json after.json
 
-`record` takes small random models (OPT, Llama, Qwen2, GPT-2) through every trainer, mode and method, two ranks, a
-killed run, and zero-shot evaluations of the eleven tasks in DIR; with the starter also `--recipe fast` on real weights.
-For each run it writes the sha256 of every safetensors file and the result without seconds, memory and versions.
+`record` takes small random models (OPT, Llama, Qwen2, GPT-2) through every trainer, mode and method, two
+ranks, a killed run, and zero-shot evaluations of the eleven tasks in DIR; with the starter also `--recipe
+fast` on real weights. For each run it writes the sha256 of every safetensors file and the result without
+seconds, memory and versions.
 """
 
 import argparse
@@ -37,7 +38,10 @@ FAMILIES = ("opt", "llama", "qwen2", "gpt2")
 
 ZO = "--trainer zo --max_steps 7 --learning_rate 1e-2 --num_train 24 --num_dev 8 --save_steps 3"
 ZO += " --train_as_classification"
-REGULAR = "--trainer regular --max_steps 5 --learning_rate 1e-3 --num_train 24 --num_dev 8 --train_as_classification"
+REGULAR = (
+    "--trainer regular --max_steps 5 --learning_rate 1e-3 --num_train 24 --num_dev 8 "
+    "--train_as_classification"
+)
 FULL = "--learning_rate 1e-4"
 BOOST = "--xgblora --xgblora_steps_per_iteration 3"
 EVERY_FAMILY = {
@@ -52,7 +56,9 @@ EVERY_FAMILY = {
 }
 LLAMA_ALONE = {
     "full, bf16, decay": f"{ZO} {FULL} --load_bfloat16 --weight_decay 0.1",
-    "full, two groups of micro-batches": f"{ZO} {FULL} --gradient_accumulation_steps 2 --per_device_train_batch_size 4",
+    "full, two groups of micro-batches": (
+        f"{ZO} {FULL} --gradient_accumulation_steps 2 --per_device_train_batch_size 4"
+    ),
     "full, rademacher, 3 queries": f"{ZO} {FULL} --zo_queries 3 --zo_distribution rademacher",
     "full, one point a forward": f"{ZO} {FULL} --zo_batched off",
     "lozo": f"{ZO} {FULL} --zo_method lozo",
@@ -80,7 +86,10 @@ LLAMA_ALONE = {
     "probe": "--linear_probing --num_train 24",
     "answers": "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 --task_name own "
     "--data_dir ANSWERS --template {q}_A: --answer_column a --max_new_tokens 4 --objective f1",
-    "chat": "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 --task_name own --data_dir PAIRS",
+    "chat": (
+        "--trainer zo --lora --max_steps 2 --learning_rate 1e-2 --num_train 6 "
+        "--task_name own --data_dir PAIRS"
+    ),
 }
 
 TWO_RANKS = {
@@ -139,7 +148,7 @@ def hash_of(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> dict:
-    """Return {file: hash} of all tensors below a folder, and the result without what differs from run to run."""
+    """Return {file: hash} of all tensors below a folder, and the result without times and memory."""
     files = {
         str(path.relative_to(folder)): hash_of(path)
         for path in sorted(folder.rglob("*"))
@@ -148,14 +157,19 @@ def fingerprint(folder: Path) -> dict:
     results = {}
     for path in sorted(folder.glob("result*.json")):
         result = json.loads(path.read_text())
-        sets = [{k: v for k, v in measured.items() if k not in NOT_COMPARED} for measured in result.pop("sets")]
+        sets = [
+            {k: v for k, v in measured.items() if k not in NOT_COMPARED} for measured in result.pop("sets")
+        ]
         results[path.name] = {k: v for k, v in result.items() if k not in NOT_COMPARED} | {"sets": sets}
     return {"files": files, "results": results}
 
 
 def command(model: Path, rows: Path, folder: Path, flags: str) -> list[str]:
     """Return the words of one run that writes everything below `folder`."""
-    words = f"--model_name {model} --data_dir {rows} --output_dir {folder}/out --result_file {folder}/result.json "
+    words = (
+        f"--model_name {model} --data_dir {rows} --output_dir {folder}/out "
+        f"--result_file {folder}/result.json "
+    )
     words += f"--predictions {folder}/predictions.jsonl --disable_tqdm True --logging_steps 1 {flags}"
     words += " --save_model" if "--trainer" in flags and "--trainer none" not in flags else ""
     return [word.replace("_A:", " A:") for word in words.split()]
@@ -186,7 +200,9 @@ def record(args) -> dict:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             status = run.main(command(Path(model), Path(rows), folder, flags))
         if status:
-            print(f"{name}: exit status {status}: {output.getvalue().strip().splitlines()[-1]}", file=sys.stderr)
+            print(
+                f"{name}: exit status {status}: {output.getvalue().strip().splitlines()[-1]}", file=sys.stderr
+            )
         recorded[name] = {"status": status, **fingerprint(folder)}
         print(f"{len(recorded):3d} {name}", file=sys.stderr, flush=True)
 
@@ -200,14 +216,23 @@ def record(args) -> dict:
         model = model_for_tasks(home, args.tokenizer)
         for task in TASKS:
             shots = "--num_train 2 --train_set_seed 0" if task not in ("MultiRC", "ReCoRD") else ""
-            for name, flags in (("zero-shot", "--num_train 0"), ("2 demonstrations", shots), ("calibrated", "--sfc")):
+            for name, flags in (
+                ("zero-shot", "--num_train 0"),
+                ("2 demonstrations", shots),
+                ("calibrated", "--sfc"),
+            ):
                 if flags and not (name == "calibrated" and task not in ("SST2", "Copa")):
                     more = f"--task_name {task} --num_eval 12 --max_new_tokens 8 --max_length 1024"
                     go(f"{task}: {name}", str(model), f"--trainer none {flags} {more}", args.data_dir)
     starter = args.root / "starter"
     if starter.exists():
         flags = "--task_name Reviews --num_train 200 --num_eval 64 --trainer zo --recipe fast --max_steps 30"
-        go("starter: recipe fast", str(starter / "smollm2-135m"), f"{flags} --train_as_classification", str(starter))
+        go(
+            "starter: recipe fast",
+            str(starter / "smollm2-135m"),
+            f"{flags} --train_as_classification",
+            str(starter),
+        )
     return recorded | processes(args.root, home)
 
 
@@ -218,7 +243,8 @@ def processes(root: Path, home: Path) -> dict:
     for name, flags in TWO_RANKS.items():
         folder = home / "runs" / name.replace(" ", "_").replace(",", "")
         folder.mkdir(parents=True)
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+        launcher = "-m torch.distributed.run --nproc_per_node 2 --master_port 29611"
+        words = [sys.executable, *launcher.split()]
         words += [str(root / "run.py"), *command(home / "llama", home / "rows", folder, flags)]
         subprocess.run(words, check=True, capture_output=True, env=environment, cwd=home)
         recorded[name] = fingerprint(folder)
@@ -229,7 +255,9 @@ def processes(root: Path, home: Path) -> dict:
         str(root / "run.py"),
         *command(home / "llama", home / "rows", folder, f"{ZO} {BOOST} --max_steps 200"),
     ]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=home)
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=home
+    )
     while not list(folder.glob("out/checkpoint-*")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -258,7 +286,7 @@ def differences(before, after, where: str = "") -> list[str]:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print a line a run, and what differs, each kind of difference once with the number of runs that have it."""
+    """Print a line for each run, and each kind of difference once with the number of runs that have it."""
     old, new = json.loads(before.read_text()), json.loads(after.read_text())
     kinds: dict[str, int] = {}
     same_files = 0

@@ -2,9 +2,10 @@
 
     python tests/stress/fuzz.py [--cases 20000] [--seed 0]
 
-Rows, templates and label words, adapters and chains, checkpoints, trajectories and result files. A case takes a good
-input and flips, cuts, doubles, splices or swaps bytes of it (or words, of flags). Counted are refusals (UsageError;
-ValueError of a trajectory) and inputs that were taken; anything else, or a case of more than ten seconds, is a finding.
+Rows, templates and label words, adapters and chains, checkpoints, trajectories and result files. A case
+takes a good input and flips, cuts, doubles, splices or swaps bytes of it (or words, of flags). Counted are
+refusals (UsageError; ValueError of a trajectory) and inputs that were taken; anything else, or a case of
+more than ten seconds, is a finding.
 """
 
 import argparse
@@ -34,8 +35,30 @@ from utils import UsageError
 from zo.trajectory import Trajectory
 
 ROWS = [("a film of wit", 1), ("dull — 20 minutes 😴", 0), ('she said "no"\\n', 1)]
-SPLICES = [b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b"[" * 3000, b'"', b"NaN", b"1e999", b"\\ud83d"]
-SPLICES += [b"null", b"-1", b"9" * 5000, b"{x.__class__}", b"{0}", b"{}", b"../../../etc/passwd", b"\r\n", b"true"]
+SPLICES = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"{",
+    b"}",
+    b"[" * 3000,
+    b'"',
+    b"NaN",
+    b"1e999",
+    b"\\ud83d",
+]
+SPLICES += [
+    b"null",
+    b"-1",
+    b"9" * 5000,
+    b"{x.__class__}",
+    b"{0}",
+    b"{}",
+    b"../../../etc/passwd",
+    b"\r\n",
+    b"true",
+]
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -156,7 +179,9 @@ class Checkpoint:
     def case(self) -> None:
         name = self.rng.choice(list(self.good))
         for other, data in self.good.items():
-            (self.folder / "checkpoint-2" / other).write_bytes(mutate(data, self.rng) if other == name else data)
+            (self.folder / "checkpoint-2" / other).write_bytes(
+                mutate(data, self.rng) if other == name else data
+            )
         newest = checkpoints.newest_checkpoint(self.folder)
         if newest:
             checkpoints.refuse_other_run(newest, {"seed": 1, "model": "x"})

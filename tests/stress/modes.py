@@ -2,9 +2,9 @@
 
     python tests/stress/modes.py [--families llama gpt2 …] [--smollm2]
 
-Models of random weights, two layers and width 64, of each family, with the starter's tokenizer (make starter) and its
-Reviews: 32 rows to train on, 16 to evaluate. `--smollm2` adds the starter's own model, whose numbers mean something.
-Where something can't be done, its one line stands below the table.
+Models of random weights, two layers and width 64, of each family, with the starter's tokenizer (make starter)
+and its Reviews: 32 rows to train on, 16 to evaluate. `--smollm2` adds the starter's own model, whose numbers
+mean something. Where something can't be done, its one line stands below the table.
 """
 
 import argparse
@@ -47,14 +47,15 @@ MODES = {
         for trainer, flags in (("zo", ZO), ("regular", FIRST))
         for mode, more in {
             "full": "", "head": "--head_tuning --untie_emb", "prefix": "--prefix_tuning",
-            "prefix, reparametrised": "--prefix_tuning --no_reparam False", "lora": "--lora", "xgblora": BOOST,
-            "xgblora ensemble": f"{BOOST} --xgblora_ensemble",
+            "prefix, reparametrised": "--prefix_tuning --no_reparam False", "lora": "--lora",
+            "xgblora": BOOST, "xgblora ensemble": f"{BOOST} --xgblora_ensemble",
         }.items()
     },
     ("zo", "recipe fast"): f"{ZO} --recipe fast",
     ("zo", "lora, accuracy as objective"): f"{ZO} --lora --non_diff",
-    ("zo", "lora, 8 bits"): f"{ZO} --lora --load_int8", ("zo", "ensemble, 4 bits"):
-    f"{ZO} {BOOST} --xgblora_ensemble --load_int4", ("regular", "lora, 4 bits"): f"{FIRST} --lora --load_int4",
+    ("zo", "lora, 8 bits"): f"{ZO} --lora --load_int8",
+    ("zo", "ensemble, 4 bits"): f"{ZO} {BOOST} --xgblora_ensemble --load_int4",
+    ("regular", "lora, 4 bits"): f"{FIRST} --lora --load_int4",
 }  # fmt: skip
 
 
@@ -64,9 +65,9 @@ def make(family: str, directory: Path) -> Path:
     ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family], **ids)).save_pretrained(
-            directory
-        )
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **FAMILIES[family], **ids)
+        ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -74,7 +75,9 @@ def make(family: str, directory: Path) -> Path:
 def go(model: Path, flags: str, folder: Path) -> str:
     """Return ✓ with the accuracy, or the last line of the run."""
     words = f"--model_name {model} --data_dir {STARTER} --task_name Reviews --num_eval 16 --max_length 512"
-    words += f" --output_dir {folder / 'out'} --overwrite --result_file {folder / 'r.json'} --disable_tqdm True"
+    words += (
+        f" --output_dir {folder / 'out'} --overwrite --result_file {folder / 'r.json'} --disable_tqdm True"
+    )
     words += "" if "--num_train" in flags else " --num_train 32"
     classify = "--trainer" in flags and "--non_diff" not in flags
     words += " --train_as_classification" if classify else ""

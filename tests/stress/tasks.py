@@ -1,10 +1,10 @@
-"""What a model does on every task, zero-shot and with demonstrations, and that the plain computation says the same.
+"""Evaluate a model on every task, zero-shot and with demonstrations, and compare with the plain computation.
 
     python tests/stress/tasks.py --data_dir DIR --starter starter
 
-One line a task: metric and seconds over all rows, then on the first `--plain` of them what one row per candidate gives,
-its seconds, the largest difference of a log-probability per option token (and, in percent, of what rounding may make
-of it: 2e-5 + 1e-5·|log p|), and how many predictions differ.
+One line a task: metric and seconds over all rows, then on the first `--plain` of them what one row per
+candidate gives, its seconds, the largest difference of a log-probability per option token (and, in percent,
+of what rounding may make of it: 2e-5 + 1e-5·|log p|), and how many predictions differ.
 """
 
 import argparse
@@ -28,12 +28,16 @@ def compare_with_plain(framework, samples, shots, predictions: list[dict]) -> tu
     """Return what the plain computation predicts, and how far its log-probabilities lie from ours.
 
     Returns:
-        its predictions; the largest difference of a log-probability a token; the same as a part of what rounding may
-        make of it.
+        its predictions; the largest difference of a log-probability a token; the same as a part of
+        what rounding may make of it.
     """
     predicted = plain_predictions(framework, samples, shots)
     if framework.task.generation:
-        return [{**ours, "prediction": text} for ours, text in zip(predictions, predicted, strict=True)], 0.0, 0.0
+        return (
+            [{**ours, "prediction": text} for ours, text in zip(predictions, predicted, strict=True)],
+            0.0,
+            0.0,
+        )
     plain = []
     largest = relative = 0.0
     for ours, x, sums in zip(predictions, framework.prompts.examples(samples, shots), predicted, strict=True):
@@ -59,9 +63,8 @@ def measure(framework, rows: int, demonstrations: int, plain_rows: int) -> str:
     plain_seconds = time.perf_counter() - start
     ours_all, ours, theirs = (metrics(part)[task.metric_name] for part in (predictions, first, plain))
     differ = sum(a["prediction"] != b["prediction"] for a, b in zip(first, plain, strict=True))
-    line = (
-        f"{ours_all:9.3f} {seconds:8.1f} | {plain_rows:4d} {ours:6.3f} {theirs:6.3f} {plain_seconds:8.1f} {differ:6d}"
-    )
+    line = f"{ours_all:9.3f} {seconds:8.1f} | {plain_rows:4d} {ours:6.3f} {theirs:6.3f}"
+    line += f" {plain_seconds:8.1f} {differ:6d}"
     return line if task.generation else f"{line} {largest:9.1e} {relative:8.0%}"
 
 
@@ -72,16 +75,21 @@ def warm_up(framework) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name", default=str(ROOT / "starter/smollm2-135m"))
-    parser.add_argument("--data_dir", required=True, help="DIR/<task>/{train,validation}.jsonl of the eleven tasks")
+    parser.add_argument(
+        "--data_dir", required=True, help="DIR/<task>/{train,validation}.jsonl of the eleven tasks"
+    )
     parser.add_argument("--starter", default=str(ROOT / "starter"), help="the same of the starter's tasks")
     parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--plain", type=int, default=100, help="rows of the plain computation; a quarter of long tasks")
+    parser.add_argument(
+        "--plain", type=int, default=100, help="rows of the plain computation; a quarter of long tasks"
+    )
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
     args = parser.parse_args()
     resources.keep_pages()
     model = None
-    print(f"{'':12} {'demos':>5} {'metric':>9} {'seconds':>8} | {'rows':>4} {'ours':>6} {'plain':>6} {'seconds':>8}"
+    print(f"{'':12} {'demos':>5} {'metric':>9} {'seconds':>8} | "
+          f"{'rows':>4} {'ours':>6} {'plain':>6} {'seconds':>8}"
           f" {'differ':>6} {'max diff':>9} {'of bound':>8}")  # fmt: skip
     for demos in args.demonstrations:
         for name in args.tasks:

@@ -1,4 +1,4 @@
-"""What tests/test_reliability.py has in short: real processes that are killed in every mode, and more mutated bytes."""
+"""Long forms of tests/test_reliability.py: real processes, killed in every mode, and more mutated bytes."""
 
 import os
 import signal
@@ -12,8 +12,17 @@ from support.runs import BOOST, ROOT, adapter_bytes
 
 def test_kill_9_and_the_same_command_again(model_dir, data_dir, tmp_path):
     """A Python of its own, as a user starts it."""
-    command = [sys.executable, str(ROOT / "run.py"), "--model_name", str(model_dir), "--data_dir", str(data_dir)]
-    command += f"{BOOST} --num_train 16 --max_steps 400 --save_steps 10 --no_eval --train_as_classification".split()
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "--model_name",
+        str(model_dir),
+        "--data_dir",
+        str(data_dir),
+    ]
+    command += (
+        f"{BOOST} --num_train 16 --max_steps 400 --save_steps 10 --no_eval --train_as_classification".split()
+    )
     command += ["--xgblora_steps_per_iteration", "15", "--save_total_limit", "3"]
     adapters = {}
     for name in ("calm", "killed"):
@@ -33,7 +42,10 @@ def test_kill_9_and_the_same_command_again(model_dir, data_dir, tmp_path):
 
 @pytest.mark.parametrize("mode", ["adaptive", "adamw", "momentum", "ensemble", "full", "regular"])
 def test_three_kills_change_no_byte(mode, model_dir, data_dir, tmp_path):
-    argv = f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 --max_steps 40 --save_steps 3"
+    argv = (
+        f"--model_name {model_dir} --data_dir {data_dir} --num_train 16 --num_dev 8 "
+        "--max_steps 40 --save_steps 3"
+    )
     argv += " --eval_strategy steps --eval_steps 6 --train_as_classification --save_model --disable_tqdm True"
     done = processes.call(processes.kill_three_times, mode, argv.split(), folder=tmp_path)
     assert done.status == 0 and "'same': True" in done.out.splitlines()[-1], done.out + done.err[-1500:]

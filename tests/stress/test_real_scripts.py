@@ -19,7 +19,9 @@ def result(model_dir, data_dir, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("mode, rate, eps", [("ft", 1e-6, 1e-3), ("lora", 5e-5, 1e-2), ("prefix", 1e-2, 1e-1)])
+@pytest.mark.parametrize(
+    "mode, rate, eps", [("ft", 1e-6, 1e-3), ("lora", 5e-5, 1e-2), ("prefix", 1e-2, 1e-1)]
+)
 def test_mezo_sh_in_every_mode(result, mode, rate, eps):
     settings = {"MODE": mode, "TRAIN": 8, "DEV": 4, "STEPS": 1}
     args = result("mezo.sh", settings, "--eval_steps", "1", "--save_steps", "1")["args"]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parent.parent / "data"  # a few real rows of the eleven tasks; see its README.md
+# A few real rows of the eleven tasks; see the README.md there.
+DATA = Path(__file__).resolve().parent.parent / "data"
 STARTER = Path(os.environ.get("STARTER", Path(__file__).resolve().parents[2] / "starter"))
 TRAIN = [
     ("a film of great warmth and wit", 1),
@@ -23,7 +24,9 @@ TRAIN = [
 def write_rows(path: Path, rows) -> None:
     """Write (sentence, label) rows as SST2 has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows)))
+    path.write_text(
+        "".join(json.dumps({"idx": i, "sentence": s, "label": y}) + "\n" for i, (s, y) in enumerate(rows))
+    )
 
 
 def starter(*parts) -> Path:

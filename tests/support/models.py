@@ -42,15 +42,24 @@ OTHERS = {
     "stablelm": ("StableLm", {**GROUPED, "use_qkv_bias": True}),
     "stablelm-parallel": ("StableLm", {**GROUPED, "use_parallel_residual": True, "qk_layernorm": True}),
     "olmo2": ("Olmo2", GROUPED),
-    "granite": ("Granite", {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "granite": (
+        "Granite",
+        {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    ),
     "cohere": ("Cohere", {**GROUPED, "logit_scale": 0.5}),
     "gpt_neox": ("GPTNeoX", MLP),
     "falcon": ("Falcon", {**FALCON, "multi_query": True}),
     "falcon-new": ("Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-heads": ("Falcon", {**FALCON, "multi_query": False, "bias": True, "parallel_attn": False}),
-    "falcon-alibi": ("Falcon", {**FALCON, "alibi": True, "multi_query": False, "bias": True, "parallel_attn": False}),
+    "falcon-alibi": (
+        "Falcon",
+        {**FALCON, "alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
+    ),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mpt": ("Mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    "mpt": (
+        "Mpt",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    ),
     "gptj": ("GPTJ", {**GPT, "rotary_dim": 4}),
     "gpt_neo": (
         "GPTNeo",
@@ -82,7 +91,9 @@ def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**rotary, **specials, **more)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**rotary, **specials, **more)),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **specials, **more)
+            GPT2Config(
+                vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **specials, **more
+            )
         ),
     }
     if family not in builders:
@@ -98,7 +109,9 @@ def tiny_model(family: str, seed: int = 0, dtype=torch.float32, **more):
 def other_model(family: str, seed: int, dtype, more: dict):
     """Return a random model of one of `OTHERS`."""
     name, config = OTHERS[family]
-    classes = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}.get(name, (f"{name}Config", f"{name}ForCausalLM"))
+    classes = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}.get(
+        name, (f"{name}Config", f"{name}ForCausalLM")
+    )
     config_class, model_class = (getattr(transformers, part) for part in classes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -57,7 +57,7 @@ def plain_scores(model, examples) -> list[list[float]]:
 
 
 def assert_close(scores, reference, tokens=8):
-    """Assert that scores agree as far as the order of additions lets them: 2e-5 and 1e-5 of the value a token."""
+    """Assert that scores agree up to the order of additions: 2e-5, and 1e-5 of the value for each token."""
     for row, expected in zip(scores, reference, strict=True):
         assert len(row) == len(expected)
         for a, b in zip(row, expected, strict=True):

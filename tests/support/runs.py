@@ -45,7 +45,11 @@ def write_gguf(path: Path, model) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = tiny_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get) + ["ab"] + [f"<unused{i}>" for i in range(config.vocab_size - 260)]
+    tokens = (
+        sorted(vocabulary, key=vocabulary.get)
+        + ["ab"]
+        + [f"<unused{i}>" for i in range(config.vocab_size - 260)]
+    )
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3] * 3 + [1] * (len(tokens) - 259))

@@ -10,8 +10,10 @@ from support.runs import ROOT
 
 SCRIPTS = ("mezo.sh", "finetune.sh", "icl.sh", "recipe.sh")
 # Settings of the caller's shell that the scripts would take.
-VARIABLES = ("MODEL", "TASK", "MODE", "BS", "LR", "EPS", "SEED", "TRAIN", "DEV", "EVAL", "STEPS", "EVAL_STEPS", "EPOCH",
-             "XGBLORA_STEPS", "RECIPE", "NUM_GPU", "DATA_DIR")  # fmt: skip
+VARIABLES = (
+    "MODEL", "TASK", "MODE", "BS", "LR", "EPS", "SEED", "TRAIN", "DEV", "EVAL", "STEPS", "EVAL_STEPS",
+    "EPOCH", "XGBLORA_STEPS", "RECIPE", "NUM_GPU", "DATA_DIR",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,7 +54,9 @@ def record_call(folder: Path, script: str, settings: dict, *words: str, gpu: boo
     write_program(folder / "bin/nvidia-smi", f"exit {0 if gpu else 9}")
     variables = environment(settings)
     variables["PATH"] = f"{folder / 'bin'}:{variables['PATH']}"
-    done = subprocess.run(["bash", str(folder / script), *words], env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(folder / script), *words], env=variables, capture_output=True, text=True
+    )
     given = record.read_text().splitlines() if record.exists() else []
     return Call(done.returncode, done.stdout.splitlines(), done.stderr, given)
 
