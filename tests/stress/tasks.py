@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from evaluate import framework_of, plain_predictions
+from evaluate import make_framework, plain_predictions
 
 import tasks
 from machine import resources
-from scoring import logprobs
+from scoring import generate, logprobs
 
 LONG = ("BoolQ", "MultiRC", "ReCoRD", "SQuAD", "DROP")
 
@@ -31,7 +31,8 @@ def compare_with_plain(framework, samples, shots, predictions: list[dict]) -> tu
         its predictions; the largest difference of a log-probability a token; the same as a part of
         what rounding may make of it.
     """
-    predicted = plain_predictions(framework, samples, shots)
+    stops = generate.stop_ids(framework.tokenizer, "\n") if framework.task.generation else []
+    predicted = plain_predictions(framework, samples, shots, stops)
     if framework.task.generation:
         return (
             [{**ours, "prediction": text} for ours, text in zip(predictions, predicted, strict=True)],
@@ -95,9 +96,8 @@ def main() -> None:
         for name in args.tasks:
             data_dir = args.data_dir if tasks.TASKS[name].hub else args.starter
             source = argparse.Namespace(model_name=args.model_name, data_dir=data_dir)
-            framework = framework_of(source, name, model=model)
+            framework = make_framework(source, name, model=model)
             if model is None:
-                framework.load()
                 warm_up(framework)
             model = framework.model
             plain_rows = args.plain // (4 if name in LONG else 1)
