@@ -20,7 +20,8 @@ from scoring import staged_results
 from utils import UsageError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # of outputs around 1
+# Absolute for outputs around 1, relative for larger ones.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 class Stack(nn.Module):
@@ -109,7 +110,8 @@ def test_a_merge_keeps_the_function_and_the_chain_its_sum(c):
         assert torch.equal(model(x), before)
         lora.merge_and_reinit(length)
         num_merged += length > 0
-        assert torch.allclose(model(x), expected, atol=TOLERANCE[c["dtype"]])
+        tolerance = TOLERANCE[c["dtype"]]
+        assert torch.allclose(model(x), expected, rtol=tolerance, atol=tolerance)
     assert len(lora.boosters) == len(lora.lengths) == num_merged and lora.round == c["rounds"]
     for name, delta in dense(lora).items():
         module, start = lora.modules[name], pretrained[f"{name}.weight"]

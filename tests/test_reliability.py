@@ -114,7 +114,12 @@ def test_a_second_interrupt_stops_at_once(go, monkeypatch):
 
 def test_without_the_flag_an_interrupt_stops_at_once_and_says_so(go, monkeypatch, capsys):
     at_step(monkeypatch, 5, send(signal.SIGINT))
-    go(BOOST, status=130)
+    # A shell starts what it puts into the background with SIGINT ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        go(BOOST, status=130)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
 
 
