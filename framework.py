@@ -83,7 +83,7 @@ class Framework:
             return
         args = self.args
         new_tokens = args.max_new_tokens if self.task and self.task.generation else 0
-        self.estimate = estimate_memory(
+        self.estimate = estimate_memory_of_run(
             args, self.config, self.train_examples, self.eval_examples, new_tokens
         )
         model = load_model_of_run(args)
@@ -262,7 +262,7 @@ def make_evaluator(args: OurArguments, task, tokenizer, prompts: Prompts) -> Eva
     )
 
 
-def estimate_memory(args: OurArguments, config, train_examples, eval_examples, new_tokens: int):
+def estimate_memory_of_run(args: OurArguments, config, train_examples, eval_examples, new_tokens: int):
     """Return the estimate of the memory that the run will take, and log it; None where that can't be told."""
     cpu = args.device.type == "cpu"
     adapted = args.lora or args.xgblora or args.prefix_tuning

@@ -38,7 +38,7 @@ Shapes = Mapping[str, tuple[int, int]]  # {module name: (in features, out featur
 
 @dataclass
 class SavedAdapter:
-    """What a directory holds.
+    """Hold the rounds of an adapter as a directory has them.
 
     Attributes:
         rounds: of boosters; the last is the current one, which is being trained.
@@ -60,7 +60,7 @@ class SavedAdapter:
 
 @dataclass(frozen=True)
 class ChainMetadata:
-    """What `boosters.safetensors` says of its rounds.
+    """Describe the rounds in `boosters.safetensors`.
 
     Attributes:
         ranks: of each round.

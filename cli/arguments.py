@@ -60,7 +60,7 @@ class DataFlags:
 
     @property
     def task_label(self) -> str:
-        """The task's name in file names: tasks of the user's own are told apart by their folder."""
+        """Return the task's name for file names; the folder tells tasks of the user's own apart."""
         if self.task_name == "own" and self.data_dir:
             return f"own-{Path(self.data_dir).resolve().name}"
         return self.task_name
@@ -68,7 +68,7 @@ class DataFlags:
 
 @dataclass
 class CustomTaskFlags:
-    """How a task of the user's own is put together."""
+    """Describe a task of the user's own: template, label words, columns."""
 
     template: str | None = flag(None, "the prompt, with {column} for a cell: '{review} It was'")
     label_words: str | None = flag(None, 'JSON: \'{"neg": "terrible", "pos": "great"}\'')
@@ -129,7 +129,7 @@ class ModelFlags:
 
 @dataclass
 class GenerationFlags:
-    """How answers are generated."""
+    """Choose how answers are generated."""
 
     max_new_tokens: int = flag(50, "longest answer in tokens; prompts leave room for it in --max_length")
     eos_token: str = flag("\n", "an answer ends at this text (default: a newline)")
@@ -141,7 +141,7 @@ class GenerationFlags:
 
     @property
     def generating(self) -> dict:
-        """What `model.generate` takes of these flags."""
+        """Return the arguments of `model.generate`."""
         options = {"do_sample": self.sampling, "num_beams": self.num_beams}
         if self.sampling:  # greedy search would warn of flags that it doesn't use
             options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or 0}
@@ -150,7 +150,7 @@ class GenerationFlags:
 
 @dataclass
 class TrainingFlags:
-    """What both trainers share, and what is written of a run."""
+    """Choose the trainer, its loss and rate, and the files of the trained model."""
 
     trainer: str = flag("none", "none, regular (back-propagation) or zo", choices=["none", "regular", "zo"])
     only_train_option: bool = flag(True, "the loss reads the option's tokens only, not the prompt's")
@@ -211,7 +211,7 @@ class ZerothOrderFlags:
 
 @dataclass
 class AdapterFlags:
-    """What is trained: LoRA, a prefix, the head, a probe; without any of them all weights."""
+    """Choose the trained part: LoRA, a prefix, the head, a probe; without any of them all weights."""
 
     lora: bool = flag(False, "train LoRA adapters of q_proj and v_proj (or what the model has instead)")
     lora_r: int | None = flag(None, "rank (default: 8; 1 with --xgblora)")
@@ -405,7 +405,7 @@ class OurArguments(
 
     @property
     def mode(self) -> str:
-        """What is trained: a word of settings, file names and the table of default rates."""
+        """Return the name of the trained part in settings, file names and the table of default rates."""
         modes = {
             "xgblora": self.xgblora,
             "lora": self.lora,
@@ -417,7 +417,7 @@ class OurArguments(
 
     @property
     def learns(self) -> bool:
-        """Whether the training rows are learned from; otherwise they are demonstrations."""
+        """Return whether the training rows are learned from; otherwise they are demonstrations."""
         return self.trainer != "none" or self.linear_probing
 
     @property

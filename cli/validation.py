@@ -141,7 +141,7 @@ def evaluation_errors(args) -> Iterator[str]:
 
 
 def training_errors(args) -> Iterator[str]:
-    """What both trainers share, and flags of back-propagation."""
+    """Check the flags that both trainers share, and those of back-propagation."""
     trains, zeroth_order = args.trainer != "none", args.trainer == "zo"
     if trains and args.train_as_classification and not args.only_train_option:
         yield exclude("--train_as_classification", "--only_train_option False")
@@ -272,7 +272,7 @@ def boosting_errors(args) -> Iterator[str]:
 
 
 def output_errors(args) -> Iterator[str]:
-    """What is written, and runs that are rebuilt from a trajectory."""
+    """Check the flags of files, and of runs that are rebuilt from a trajectory."""
     trains = args.trainer != "none"
     if args.save_model and not trains:
         yield "--save_model needs a --trainer (or --save_merged, --export_rank)"

@@ -60,7 +60,7 @@ class Arm:
 
     @property
     def runnable(self) -> bool:
-        """Whether today's program has every flag of this arm."""
+        """Return whether today's program has every flag of this arm."""
         return not any(flag in self.flags.split() for flag in REMOVED_FLAGS)
 
     def path(self, seed: int) -> Path:

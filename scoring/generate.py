@@ -22,7 +22,7 @@ MAX_CACHE_BYTES = 192 * 2**20
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated.
+    """Hold the choices of how answers are generated.
 
     Attributes:
         eos_token: the text that ends an answer.

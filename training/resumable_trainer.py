@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def adapter(self):
-        """What is trained beside a frozen model: a `LoRA`, a `PrefixTuning`, or None."""
+        """Return the module that is trained beside a frozen model: a `LoRA`, a `PrefixTuning`, or None."""
         return self.lora_module or trained_prefix(self.model)
 
     def create_optimizer(self, model=None):

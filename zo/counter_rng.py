@@ -89,7 +89,7 @@ def word_range(counter: tuple, start: int, count: int, device) -> Tensor:
 
 
 class Distribution(NamedTuple):
-    """How many elements a word gives, and how: [n] int32 -> [n · per_word] fp32 of mean 0 and variance 1."""
+    """Decode words, [n] int32, to elements, [n · per_word] fp32 of mean 0 and variance 1."""
 
     per_word: int
     decode: Callable[[Tensor], Tensor]
